@@ -1,1 +1,20 @@
+"""Which training samples mattered, in which part of the training, and how far can the answer be trusted?
+
+The modules are exported from the notebooks in `nbs/`; this file alone is written by hand and gathers the public names.
+"""
 __version__ = "0.1.0"
+
+from dit_nb.counterfactual import compare, leave_one_out, remove, verify
+from dit_nb.data import (Samples, adult, breast_cancer, corrupt_labels, digits, emnist, fashion_mnist, fetch, idx_images,
+                         mnist, newsgroups, restore_labels)
+from dit_nb.estimator import Influence, influence
+from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
+                            prediction_query)
+from dit_nb.recorder import Recorder
+from dit_nb.sensitivity import supervised
+from dit_nb.trajectory import Run, State, open_run
+
+__all__ = ["Influence", "Query", "Recorder", "Run", "Samples", "State", "adult", "breast_cancer", "compare", "corrupt_labels",
+           "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
+           "input_gradient_query", "leave_one_out", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
+           "parameter_query", "prediction_query", "remove", "restore_labels", "supervised", "verify"]
