@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'leave_one_out', 'compare', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #5d9d6e0f
+# %% ../nbs/07_counterfactual.ipynb #00a6d1ab
 import time
 import warnings
 
@@ -17,10 +17,10 @@ from torch.func import grad, vmap
 
 from .estimator import Influence, boundaries, progress_bar
 from .queries import as_query
-from .sensitivity import BatchGradient, call_with, check_losses, in_modes, query_gradient, query_value, saved_bytes, untouched
+from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, untouched
 from .trajectory import tolerance
 
-# %% ../nbs/07_counterfactual.ipynb #55d7090a
+# %% ../nbs/07_counterfactual.ipynb #de08c5d9
 class Retraining:
     """Repeats a recorded run without some of its samples, many runs at once.
 
@@ -35,8 +35,7 @@ class Retraining:
 
     def vmap_fails(self):
         "Return why vectorised training can't be used (an error, or gradients that differ from plain ones), or None."
-        params, idx = self.run.state(0).params, self.run.batch(0)
-        plain = BatchGradient(self.run.model, self.run.loss_fn, self.run.data(0), len(idx), params, self.run.constants).G
+        params, idx, plain = self.run.state(0).params, self.run.batch(0), self.run.batch_gradient(0).G
         try: both = self.gradients(0, {k: torch.stack([v, v]) for k, v in params.items()}, torch.ones(2, len(idx), device=self.run.device))
         except Exception as e: return str(e).strip().split("\n")[0][:200]
         scale = max(float(g.detach().abs().max()) for g in plain.values())
@@ -76,8 +75,8 @@ class Retraining:
     def chunk(self, memory):
         "Return how many runs fit into `memory` bytes: each holds its parameters, gradients and what autograd keeps of a batch."
         run, params = self.run, self.run.state(0).params
-        p = {k: v.clone().requires_grad_() for k, v in params.items()}
-        with in_modes(run.model, run.trajectory.settings(0)["training"]): kept = saved_bytes(lambda: run.call({**run.constants, **p}, run.data(0)))
+        with in_modes(run.model, run.trajectory.settings(0)["training"]):
+            kept = saved_bytes(lambda: run.call({**run.constants, **leaves(params)}, run.data(0)))
         return max(1, int(memory // (2 * kept + 6 * sum(v.numel() * v.element_size() for v in params.values()))))
 
 # %% ../nbs/07_counterfactual.ipynb #54468bfc

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Influence', 'boundaries', 'influence', 'progress_bar']
 
-# %% ../nbs/06_estimator.ipynb #10b7f63a
+# %% ../nbs/06_estimator.ipynb #cccd400a
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .queries import Query, as_query
-from .sensitivity import PullBack, query_gradient, saved_bytes, untouched
+from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, untouched
 
 # %% ../nbs/06_estimator.ipynb #94cb3c2c
 @dataclass(repr=False)
@@ -112,7 +112,7 @@ def _short(times):
     t = [str(int(x)) for x in times]
     return ", ".join(t if len(t) <= 6 else [*t[:3], "...", *t[-2:]])
 
-# %% ../nbs/06_estimator.ipynb #8f1f88fd
+# %% ../nbs/06_estimator.ipynb #62519a09
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -141,7 +141,7 @@ def influence(run, query, at=None, removal="always", per_step=False, pullback="a
     sweep = _Sweep(run, queries, times, removal, per_step, PullBack(pullback), memory)
     with untouched(run.model):
         run.verify(4)
-        for t in progress_bar(range(int(times[-1]) - 1, -1, -1), "sweep", progress): sweep.step(t)
+        call_with(run.model, {**run.constants, **sweep.at}, lambda _: [sweep.step(t) for t in progress_bar(range(int(times[-1]) - 1, -1, -1), "sweep", progress)])
     results = sweep.results()
     return results if isinstance(query, (list, tuple)) else results[0]
 
@@ -151,7 +151,7 @@ def progress_bar(steps=None, desc="", progress=True, **kw):
     silent = not progress or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")      # tqdm's notebook bar ignores its own variable
     return tqdm(steps, desc=desc, unit="step", delay=.5, leave=False, disable=silent, **kw)
 
-# %% ../nbs/06_estimator.ipynb #38e39abc
+# %% ../nbs/06_estimator.ipynb #6a373176
 class _Sweep:
     def __init__(self, run, queries, times, removal, per_step, pull, memory):
         self.run, self.queries, self.times, self.removal, self.pull, self.memory = run, queries, times, removal, pull, memory
@@ -159,20 +159,23 @@ class _Sweep:
         shape = (K * Q, n) if removal == "always" else (K * Q, K, n)
         self.A = torch.zeros(shape, dtype=torch.float64, device=run.device)
         self.joins, self.baseline, self.adjoint, self.m = {int(t): k for k, t in enumerate(times)}, np.zeros((Q, K)), None, 0
-        self.uses = [] if per_step else None
+        self.uses, self.at, self.settings = [] if per_step else None, leaves(run.state(0).params), None
 
     def step(self, t):
         if t + 1 in self.joins: self.join(t + 1)
-        run, idx = self.run, self.run.batch(t).to(self.run.device)
+        run, idx, settings = self.run, self.run.batch(t).to(self.run.device), self.run.trajectory.settings(t)
+        if settings is not self.settings:
+            set_modes(run.model, settings["training"])
+            self.settings = settings
         if self.pull.rows is None: self._limit(t)
-        g = run.batch_gradient(t)
-        direction, direct = run.rule.pull_back(self.adjoint, run.trajectory.settings(t)["groups"])
+        g = run.batch_gradient(t, self.at)
+        direction, direct = run.rule.pull_back(self.adjoint, settings["groups"])
         products, Hu = self.pull(g, direction)
         products = -products.double()
         A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
         A.index_add_(1, idx, products)
         if self.uses is not None: self.uses.append((t, idx.cpu().numpy(), products.cpu().numpy()))
-        self.adjoint = {k: direct[k] + Hu[k] for k in direct}
+        self.adjoint = {k: v.add_(Hu[k]) for k, v in direct.items()}
 
     def join(self, t):
         "Every query's gradient at its boundary's own state becomes a new row of the adjoint"
@@ -189,7 +192,7 @@ class _Sweep:
     def _limit(self, t):
         "How many directions one batched backward may take: each keeps about what the graph keeps"
         graph = []
-        size = saved_bytes(lambda: graph.append(self.run.batch_gradient(t)))
+        size = saved_bytes(lambda: graph.append(self.run.batch_gradient(t, self.at)))
         self.pull.rows = max(1, int(self.memory // max(size, 1)))
 
     def results(self):

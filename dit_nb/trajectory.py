@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'SEGMENT_BYTES', 'SCHEMA', 'State', 'describe_tensors', 'fingerprint', 'TrajectoryWriter', 'Trajectory',
            'Run', 'tolerance', 'check_arrival', 'open_run']
 
-# %% ../nbs/03_trajectory.ipynb #ab3bfba4
+# %% ../nbs/03_trajectory.ipynb #2267edb2
 import json, os, sqlite3
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data import fetch, n_samples
-from .sensitivity import BatchGradient, call_with, check_losses, in_modes
+from .data import fetch, fetcher, n_samples
+from .sensitivity import BatchGradient, call_with, check_losses, in_modes, leaves
 from .updates import rule_named
 
 # %% ../nbs/03_trajectory.ipynb #23fc9578
@@ -126,7 +126,7 @@ def _save(tensors, file):
     with open(temporary, "rb+") as f: os.fsync(f.fileno())
     os.replace(temporary, file)
 
-# %% ../nbs/03_trajectory.ipynb #a11bb00b
+# %% ../nbs/03_trajectory.ipynb #6ac55105
 class Trajectory:
     """The folder of a recorded run, read only.
 
@@ -183,9 +183,10 @@ class Trajectory:
         "Return the stored parameters `{name: tensor}` at step `t`."
         if t not in self._segment[1]:
             file = self.db.execute("select file from states where t = ?", (t,)).fetchone()[0]
-            self._segment = self.read(file), dict(self.db.execute("select t, row from states where file = ?", (file,)))
-        tensors, rows = self._segment
-        return {k: v[rows[t]] for k, v in tensors.items()}
+            tensors, rows = self.read(file), dict(self.db.execute("select t, row from states where file = ?", (file,)))
+            self._segment = {k: v.unbind() for k, v in tensors.items()}, rows
+        states, rows = self._segment
+        return {k: v[rows[t]] for k, v in states.items()}
 
     def read(self, file):
         "Return the tensors of one of the folder's files."
@@ -194,7 +195,7 @@ class Trajectory:
         except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or record the run again") from None
         except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged: {e}") from e
 
-# %% ../nbs/03_trajectory.ipynb #80cb48c4
+# %% ../nbs/03_trajectory.ipynb #8d5c30bd
 class Run:
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -205,8 +206,8 @@ class Run:
         self.meta, self.path = trajectory.meta, trajectory.path
         self.device = next(model.parameters()).device
         self.rule = rule_named(self.meta["optimizer"], self.meta["groups"])
-        self.constants = {k: v.to(self.device) for k, v in trajectory.read("constants.safetensors").items()}
-        self._replayed = (None, [])
+        self.constants = self._on_device(trajectory.read("constants.safetensors"))
+        self._fetch, self._replayed = fetcher(dataset, self.device), (None, [])
 
     steps = property(lambda self: self.trajectory.steps)
     marks = property(lambda self: self.trajectory.marks)
@@ -224,7 +225,7 @@ class Run:
 
     def data(self, t):
         "Return the batch of step `t`, fetched from the data set, on the model's device."
-        return fetch(self.dataset, self.batch(t), self.device)
+        return self._fetch(self.batch(t))
 
     def losses(self):
         "Return the mean loss of every step's batch before its update: numpy `[T]`, the training curve."
@@ -234,11 +235,11 @@ class Run:
         "Return the `State` before step `t` (`t = T`: the final one), recorded or replayed."
         if not 0 <= t <= self.steps: raise IndexError(f"state {t} is not in the run: its states are 0 to {self.steps}")
         first = self.trajectory.stored(t)
-        if first == t: params = {k: v.to(self.device) for k, v in self.trajectory.params(t).items()}
-        else:
-            if self._replayed[0] != first: self._replayed = first, self._replay_segment(first)
-            params = self._replayed[1][t - first]
-        return State(params, self.constants, {})
+        if first == t: return State(self._on_device(self.trajectory.params(t)), self.constants, {})
+        if self._replayed[0] != first: self._replayed = first, self._replay_segment(first)
+        return State(self._replayed[1][t - first], self.constants, {})
+
+    def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
 
     def replay(self, start=0, stop=None, weights=None, params=None):
         """Yield `(t, params)` for `t = start .. stop`, training again over the recorded batches with the samples' `weights`
@@ -247,7 +248,7 @@ class Run:
         for t in range(start, self.steps if stop is None else stop):
             yield t, params
             idx, settings = self.batch(t), self.trajectory.settings(t)
-            p = {k: v.detach().requires_grad_() for k, v in params.items()}
+            p = leaves(params)
             with in_modes(self.model, settings["training"]), torch.enable_grad():
                 losses = check_losses(self.call({**self.constants, **p}, self.data(t)), len(idx))
                 w = 1. if weights is None else weights[idx].to(losses)
@@ -259,16 +260,23 @@ class Run:
         "Return the losses `[B]` of a fetched batch under other parameters and buffers."
         return call_with(self.model, tensors, lambda m: self.loss_fn(m, batch))
 
-    def batch_gradient(self, t):
-        "Return the `BatchGradient` of step `t`, after checking that its losses are those that were recorded."
-        state, idx = self.state(t), self.batch(t)
-        with in_modes(self.model, self.trajectory.settings(t)["training"]):
-            g = BatchGradient(self.model, self.loss_fn, self.data(t), len(idx), state.params, state.buffers)
-        was, now = self.trajectory.losses(t), g.losses.cpu().numpy()
-        if not np.abs(was - now).max() <= tolerance(self.dtype) * (1 + np.abs(was).max()):
-            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {np.abs(was - now).max():.2g}: model code, "
-                               "loss_fn or data set are not those of the recording (or the data set gives other values each time)")
-        return g
+    def batch_gradient(self, t, at=None):
+        """Return the `BatchGradient` of step `t`, after checking that its losses are those that were recorded.
+
+        A sweep passes the leaves `at` that the model holds already (in the step's modes); they are pointed to the state
+        of step `t`, which spares it to set up the model for every step."""
+        if at is None:
+            at = leaves(self.state(t).params)
+            with in_modes(self.model, self.trajectory.settings(t)["training"]):
+                return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
+        for k, v in self.state(t).params.items(): at[k].data = v
+        was = self.trajectory.losses(t)
+        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(was))
+        gap = np.abs(was - losses.detach().cpu().numpy()).max()
+        if gap and not gap <= tolerance(self.dtype) * (1 + np.abs(was).max()):
+            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {gap:.2g}: model code, loss_fn or data set "
+                               "are not those of the recording (or the data set gives other values each time)")
+        return BatchGradient(losses, at)
 
     def verify(self, n=16):
         """Return the largest deviation, relative to the largest parameter, when `n` evenly spread steps are repeated.
@@ -284,7 +292,7 @@ class Run:
         stop = self.trajectory.stored(first, after=True) or self.steps
         states = [p for _, p in self.replay(first, stop)]
         if self.trajectory.stored(stop) == stop:
-            check_arrival(states[-1], {k: v.to(self.device) for k, v in self.trajectory.params(stop).items()}, stop)
+            check_arrival(states[-1], self._on_device(self.trajectory.params(stop)), stop)
         return states
 
 def tolerance(dtype):

@@ -9,7 +9,7 @@ __all__ = ['RULES', 'SGD', 'update_rule', 'rule_named']
 import torch
 from torch.optim.sgd import sgd
 
-# %% ../nbs/02_updates.ipynb #09668f2b
+# %% ../nbs/02_updates.ipynb #804d23bc
 class SGD:
     """`theta <- theta - lr * (G + weight_decay * theta)`, the rule of `torch.optim.SGD` without momentum.
 
@@ -39,10 +39,11 @@ class SGD:
 
     def pull_back(self, adjoint, hyper):
         """Return `(direction, direct)` for an adjoint `{name: [m, *shape]}` of the updated parameters: the pull-backs to the
-        gradient and, past the model, to the parameters."""
-        of = {k: h for names, h in zip(self.groups, hyper) for k in names}
-        direction = {k: u * -of[k]["lr"] for k, u in adjoint.items()}
-        direct = {k: u * (1 - of[k]["lr"] * of[k]["weight_decay"]) if of[k]["weight_decay"] else u for k, u in adjoint.items()}
+        gradient and, past the model, to the parameters. `direct` may be the adjoint's own memory, which the sweep writes on."""
+        direction, direct = {}, {}
+        for names, h in zip(self.groups, hyper):
+            lr, keep = h["lr"], 1 - h["lr"] * h["weight_decay"]
+            for k in names: direction[k], direct[k] = adjoint[k] * -lr, adjoint[k] if keep == 1 else adjoint[k] * keep
         return direction, direct
 
 # %% ../nbs/02_updates.ipynb #6869842c
