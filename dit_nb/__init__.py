@@ -8,6 +8,7 @@ from dit_nb.counterfactual import compare, leave_one_out, remove, verify
 from dit_nb.data import (Samples, adult, breast_cancer, corrupt_labels, digits, emnist, fashion_mnist, fetch, idx_images,
                          mnist, newsgroups, restore_labels)
 from dit_nb.estimator import Influence, influence
+from dit_nb.plots import plot_agreement, plot_influence, plot_samples, plot_summary, plot_window
 from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
                             prediction_query)
 from dit_nb.recorder import Recorder
@@ -17,4 +18,5 @@ from dit_nb.trajectory import Run, State, open_run
 __all__ = ["Influence", "Query", "Recorder", "Run", "Samples", "State", "adult", "breast_cancer", "compare", "corrupt_labels",
            "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
            "input_gradient_query", "leave_one_out", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
-           "parameter_query", "prediction_query", "remove", "restore_labels", "supervised", "verify"]
+           "parameter_query", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",
+           "remove", "restore_labels", "supervised", "verify"]

@@ -101,7 +101,7 @@ class Samples(TensorDataset):
         shape, kind = [len(self), *self.x.shape[1:]], str(self.x.dtype).removeprefix("torch.")
         return f"Samples({self.name}: x {shape} {kind}, {len(self.classes)} classes: {some})"
 
-# %% ../nbs/00_data.ipynb #e0cf08bd
+# %% ../nbs/00_data.ipynb #a51f7352
 def _leaves(d):
     "What nested tuples, lists and dicts hold, one by one (lazily: a list of a million rows is known by its first)"
     if isinstance(d, Mapping): d = list(d.values())
@@ -112,8 +112,10 @@ def _leaves(d):
 def _columns(dataset):
     "The tensors or arrays, perhaps nested, that make up all of `dataset`; None where it must be asked for its rows"
     if type(dataset).__getitem__ is TensorDataset.__getitem__: return dataset.tensors
-    empty = isinstance(dataset, (tuple, list, Mapping)) and not dataset
-    return None if empty or not all(isinstance(v, (torch.Tensor, np.ndarray)) for v in _leaves(dataset)) else dataset
+    columns = (torch.Tensor, np.ndarray)
+    if isinstance(dataset, (tuple, list, Mapping)) and not dataset: return None
+    if isinstance(dataset, list) and not all(isinstance(v, columns) for v in dataset): return None    # rows, such as (x, y)
+    return dataset if all(isinstance(v, columns) for v in _leaves(dataset)) else None
 
 def n_samples(dataset):
     """Number of samples of a map-style `dataset`: its length, or the first dimension that all of its tensors share.
@@ -131,7 +133,7 @@ def n_samples(dataset):
     if columns is None: return len(dataset)
     lengths = [len(v) if v.ndim else None for v in _leaves(columns)]
     if len(set(lengths)) > 1 or None in lengths:
-        raise ValueError(f"tensors must share their first dimension, the samples, but have lengths {lengths}")
+        raise ValueError(f"tensors must share their first dimension, the samples, but have lengths {sorted(set(lengths), key=str)[:5]}")
     return lengths[0]
 
 # %% ../nbs/00_data.ipynb #32b622ce

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['refuse_modules', 'Recorder']
 
-# %% ../nbs/04_recorder.ipynb #86d0a15f
+# %% ../nbs/04_recorder.ipynb #0596ed94
 import tempfile
+import warnings
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def refuse_modules(model):
                                       ", which is not supported yet: put it into evaluation mode (m.eval()), remove it" +
                                       (", or set its rate to 0" if drops else ", or use GroupNorm or LayerNorm"))
 
-# %% ../nbs/04_recorder.ipynb #38194a9e
+# %% ../nbs/04_recorder.ipynb #f4a15623
 class Recorder:
     """Records the training of `model` by `optimizer` on `dataset` into the folder `path` (None: a temporary one).
 
@@ -66,7 +67,11 @@ class Recorder:
     def batches(self, size, shuffle=True, drop_last=False):
         """Yield one epoch of index batches, int64 `[size]` (the last may be shorter), and mark the epoch's end.
 
-        The order depends on `seed` and the number of the epoch only; torch's random state is neither used nor changed."""
+        The order depends on `seed` and the number of the epoch only; torch's random state is neither used nor changed. A last
+        batch of less than a quarter of `size` brings a warning: each of its samples weighs so much that first order fails for it."""
+        if 0 < (rest := self.n % size) < size / 4 and self.n > size and not drop_last and self.epoch == 0:
+            warnings.warn(f"the last batch of each epoch has {rest} samples instead of {size}: each weighs {size / rest:.0f} times as much there, and "
+                          "estimates of its influence will be poor; use drop_last=True, or another size", stacklevel=2)
         self.epoch += 1
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n, generator=g) if shuffle else torch.arange(self.n)

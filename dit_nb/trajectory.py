@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SEGMENT_BYTES', 'SCHEMA', 'State', 'describe_tensors', 'fingerprint', 'TrajectoryWriter', 'Trajectory',
-           'Run', 'tolerance', 'check_arrival', 'open_run']
+           'named_step', 'Run', 'tolerance', 'check_arrival', 'open_run']
 
-# %% ../nbs/03_trajectory.ipynb #2267edb2
-import json, os, sqlite3
+# %% ../nbs/03_trajectory.ipynb #60e0b26e
+import copy, json, os, sqlite3
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,7 +43,7 @@ def fingerprint(dataset, probes=8):
     for leaf in leaves: h.update(leaf.detach().cpu().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
     return h.hexdigest()
 
-# %% ../nbs/03_trajectory.ipynb #6259f30a
+# %% ../nbs/03_trajectory.ipynb #68b678da
 FORMAT = 1
 SEGMENT_BYTES = 2**25
 
@@ -122,8 +122,9 @@ class TrajectoryWriter:
 
 def _save(tensors, file):
     temporary = file.with_name(file.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous().clone() if v.ndim == 0 else v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
     with open(temporary, "rb+") as f: os.fsync(f.fileno())
+    temporary.chmod(file.parent.stat().st_mode & 0o666)          # safetensors writes for the owner only
     os.replace(temporary, file)
 
 # %% ../nbs/03_trajectory.ipynb #6ac55105
@@ -195,7 +196,13 @@ class Trajectory:
         except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or record the run again") from None
         except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged: {e}") from e
 
-# %% ../nbs/03_trajectory.ipynb #8d5c30bd
+# %% ../nbs/03_trajectory.ipynb #04fa1258
+def named_step(marks, t):
+    "Return a step given as number or as a mark's name; `'start'` is 0. KeyError for other names."
+    if not isinstance(t, str): return int(t)
+    if t != "start" and t not in marks: raise KeyError(f"the run has no mark {t!r}; it has {', '.join(marks) or 'none'}")
+    return marks.get(t, 0)
+
 class Run:
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -219,6 +226,12 @@ class Run:
         return (f"Run of {self.steps} steps on {self.n_samples} samples: {self.rule.name}, {len(self.marks)} marks, "
                 f"{sum(int(np.prod(s)) for _, s in self.meta['params'].values()):,} parameters, {size:.1f} MB in {self.path}")
 
+    def step(self, t):
+        "Return a step given as number, mark's name, `'start'`, or None for the end; ValueError outside the run."
+        step = self.steps if t is None else named_step(self.marks, t)
+        if not 0 <= step <= self.steps: raise ValueError(f"step {step} is not in the run: its steps are 0 to {self.steps}")
+        return step
+
     def batch(self, t):
         "Return the sample indices of step `t`: int64 `[B_t]`."
         return self.trajectory.batch(t)
@@ -240,6 +253,15 @@ class Run:
         return State(self._replayed[1][t - first], self.constants, {})
 
     def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
+
+    def model_at(self, t=None):
+        "Return a copy of the model in evaluation mode, as it was before step `t` (step or mark's name; None: at the end)."
+        state, model = self.state(self.step(t)), copy.deepcopy(self.model).eval()
+        model.zero_grad()
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for k, v in {**state.buffers, **state.params}.items(): tensors[k].copy_(v)
+        return model
 
     def replay(self, start=0, stop=None, weights=None, params=None):
         """Yield `(t, params)` for `t = start .. stop`, training again over the recorded batches with the samples' `weights`
