@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #903f8e27
+# %% ../nbs/07_counterfactual.ipynb #2f00f1bc
 import time
 import warnings
 
@@ -16,18 +16,18 @@ import torch
 from torch.func import grad, vmap
 
 from .estimator import Influence, boundaries, progress_bar, shown
-from .queries import as_query
+from .queries import as_queries
 from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, untouched
 from .trajectory import tolerance
 
-# %% ../nbs/07_counterfactual.ipynb #de08c5d9
+# %% ../nbs/07_counterfactual.ipynb #d76d5a47
 class Retraining:
     """Repeats a recorded run without some of its samples, many runs at once.
 
     `method` is `"vmap"`, `"loop"`, or `"auto"`: vmap unless the model can't do it, with a warning that gives the reason."""
     def __init__(self, run, method="auto"):
         if method not in ("auto", "vmap", "loop"): raise ValueError(f"method must be 'auto', 'vmap' or 'loop', not {method!r}")
-        self.run, self.method, self._looped_queries = run, method, set()
+        self.run, self.method, self._looped_queries, self.verified, self.warned = run, method, set(), False, False
         if method != "loop" and (why := self.vmap_fails()):
             if method == "vmap": raise RuntimeError(f"vmap can't train this model: {why}; use method='loop'")
             warnings.warn(f"exact removal runs one retraining after the other: vmap can't train this model ({why})", stacklevel=4)
@@ -39,36 +39,56 @@ class Retraining:
         try: both = self.gradients(0, {k: torch.stack([v, v]) for k, v in params.items()}, torch.ones(2, len(idx), device=self.run.device))
         except Exception as e: return str(e).strip().split("\n")[0][:200]
         scale = max(float(g.detach().abs().max()) for g in plain.values())
-        gap = max(float((both[k] - g.detach()).abs().max()) for k, g in plain.items())
+        gap = max(float((both[k] - g).detach().abs().max()) for k, g in plain.items())
         return None if gap <= tolerance(self.run.dtype) * scale else f"its vectorised gradients differ by {gap:.1g} from plain ones"
 
     def gradients(self, t, stack, w):
         "Return the mean gradients `{name: [m, *shape]}` of step `t`'s batch at `stack`, with sample weights `w` `[m, B]`."
         run, batch, n = self.run, self.run.data(t), w.shape[1]
         def loss(params, w): return (w.to(run.dtype) * check_losses(run.call({**run.constants, **params}, batch), n)).sum() / n
-        with in_modes(run.model, run.trajectory.settings(t)["training"]): return vmap(grad(loss))(stack, w)
+        with in_modes(run.model, run.trajectory.settings(t)["training"]): grads = vmap(grad(loss))(stack, w)
+        return {k: g.detach() for k, g in grads.items()}
 
     def states(self, keep, start, times):
         "Yield `(t, stack)` at the boundaries `times` for runs that part from the recorded one at step `start`."
         run, m = self.run, len(keep)
         stack = {k: v.expand(m, *v.shape) for k, v in run.state(start).params.items()}
         for t in range(start, max(times) + 1):
-            if t in times: yield t, stack
+            if t in times:
+                self.check(t, start, {k: v[0] for k, v in stack.items()})
+                yield t, stack
             if t == max(times): return
             grads = self.gradients(t, stack, keep[:, run.batch(t)])
-            stack, _ = run.rule.step(stack, {}, grads, run.trajectory.settings(t)["groups"])
+            stack, _ = run.rule.step(stack, {}, grads, run.trajectory.settings(t))
 
     def looped_states(self, keep, start, times):
         "The same, one run after the other: plain retraining."
-        paths = [{t: p for t, p in self.run.replay(start, max(times), weights=row) if t in times} for row in keep]
-        for t in sorted(t for t in times if t >= start): yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
+        paths = [{t: p for t, p in self.run.replay(start, max(times), weights=None if row.all() else row) if t in times} for row in keep]
+        for t in sorted(t for t in times if t >= start):
+            self.check(t, start, paths[0][t])
+            yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
+
+    def check(self, t, start, repeated):
+        """The run that keeps everything must arrive where the recorded one did. If it does not, either the record is not what its rule, model and data give,
+        which is an error, or rounding itself is amplified, which is a warning about the truth."""
+        recorded = self.run.state(t).params
+        size = max(float(v.abs().max()) for v in recorded.values())
+        drift = max(float((repeated[k] - v).abs().max()) for k, v in recorded.items()) / max(size, torch.finfo(self.run.dtype).tiny)
+        if drift <= 100 * torch.finfo(self.run.dtype).eps: return
+        if not self.verified:
+            self.run.verify(None)
+            self.verified = True
+        if drift > tolerance(self.run.dtype) and not self.warned:
+            self.warned = True
+            warnings.warn(f"the run repeated without any removal drifts from the recorded one by {drift:.1g} of the largest parameter at step {t}: rounding is amplified, "
+                          "so small exact effects are noise; record in float64 or train with a smaller learning rate", stacklevel=4)
 
     def values(self, query, stack):
         "Return the query's values `[m]` at stacked parameters: vectorised, or one by one for queries that vmap can't do."
         run, m = self.run, len(next(iter(stack.values())))
         if query not in self._looped_queries:
             try:
-                with torch.no_grad(): return vmap(lambda p: query_value(run.model, query, {**run.constants, **p}))(stack)
+                with torch.no_grad(): return vmap(lambda p: query_value(run.model, query, {**run.constants, **p}))(stack).detach()
             except Exception: self._looped_queries.add(query)                  # an error of the query's own is raised below
         return torch.stack([query_gradient(run.model, query, {k: v[i] for k, v in stack.items()}, run.constants)[0] for i in range(m)])
 
@@ -79,14 +99,14 @@ class Retraining:
             kept = saved_bytes(lambda: run.call({**run.constants, **leaves(params)}, run.data(0)))
         return max(1, int(memory // (2 * kept + 6 * sum(v.numel() * v.element_size() for v in params.values()))))
 
-# %% ../nbs/07_counterfactual.ipynb #301d663a
+# %% ../nbs/07_counterfactual.ipynb #fd599d9e
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices), as `Influence` whose columns
     are the groups; for a list of queries a list.
 
     `at`, `removal` and the sign are those of `influence`; `method` that of `Retraining`. Runs are trained in chunks of about
     `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised."""
-    queries = [as_query(q) for q in (query if isinstance(query, (list, tuple)) else [query])]
+    queries, several = as_queries(query)
     if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
     groups, times = [_indices(g, run.n_samples) for g in groups], boundaries(run, at)
     if not groups: raise ValueError("no samples given to remove")
@@ -114,7 +134,7 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
     results = [Influence(values[i, :, 0] if removal == "always" else values[i], times, np.arange(len(groups)), baseline[i], q, removal, "exact",
                          str(run.dtype).removeprefix("torch."), str(run.path), run.steps, dict(run.marks), run, groups=groups, notes={"method": re.method})
                for i, q in enumerate(queries)]
-    return results if isinstance(query, (list, tuple)) else results[0]
+    return results if several else results[0]
 
 def leave_one_out(run, query, samples=None, **kw):
     "Return the exact effect on a query of removing each of `samples` (default: every sample), as `Influence`; arguments of `remove`."

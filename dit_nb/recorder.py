@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['refuse_modules', 'Recorder']
 
-# %% ../nbs/04_recorder.ipynb #0596ed94
+# %% ../nbs/04_recorder.ipynb #78358177
 import tempfile
 import warnings
 
@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from .data import fetch, n_samples
-from .sensitivity import check_losses, training_modules, untouched
+from .data import fetcher, n_samples
+from .sensitivity import check_losses, set_modes, training_modules, untouched
 from .trajectory import TrajectoryWriter, describe_tensors, fingerprint, open_run
 from .updates import update_rule
 
@@ -31,7 +31,7 @@ def refuse_modules(model):
                                       ", which is not supported yet: put it into evaluation mode (m.eval()), remove it" +
                                       (", or set its rate to 0" if drops else ", or use GroupNorm or LayerNorm"))
 
-# %% ../nbs/04_recorder.ipynb #f4a15623
+# %% ../nbs/04_recorder.ipynb #80d5d6a9
 class Recorder:
     """Records the training of `model` by `optimizer` on `dataset` into the folder `path` (None: a temporary one).
 
@@ -49,9 +49,10 @@ class Recorder:
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.params = {k: tensors.pop(k) for names in self.rule.groups for k in names}
         self.constants, self.device = tensors, next(iter(self.params.values())).device
+        self._fetch = fetcher(dataset, self.device)
         self._kept = {k: v.detach().clone() for k, v in tensors.items()}
         self._constant_versions, self._versions = _versions(self.constants), None
-        self.epoch, self._marks, self._run = 0, set(), None
+        self.epoch, self._marks, self._run, self._training = 0, set(), None, training_modules(model)
         self._temporary = tempfile.TemporaryDirectory(prefix="dit_nb_") if path is None else None    # lives as long as the run
         self.writer = TrajectoryWriter(path or self._temporary.name, self._describe(), self.constants, every, overwrite)
         self.path = self.writer.path
@@ -61,7 +62,7 @@ class Recorder:
         if len(prints) > 1:
             raise ValueError("the data set gives other values each time it is read: make it deterministic (random augmentation is not supported yet)")
         return {"optimizer": self.rule.name, "groups": self.rule.groups, "params": describe_tensors(self.params),
-                "constants": describe_tensors(self.constants), "n_samples": self.n, "fingerprint": prints.pop(), "seed": self.seed,
+                "constants": describe_tensors(self.constants), "differentiable": [k for k, v in self.constants.items() if v.requires_grad], "n_samples": self.n, "fingerprint": prints.pop(), "seed": self.seed,
                 "loss": getattr(self.loss_fn, "__name__", repr(self.loss_fn)), "torch": str(torch.__version__), "device": str(self.device)}
 
     def batches(self, size, shuffle=True, drop_last=False):
@@ -89,18 +90,25 @@ class Recorder:
         "Train one step on the samples `idx` (integers `[B]`, each at most once), record it, and return the mean loss, a float."
         self._writable()
         idx, settings = self._indices(idx), self._settings()
-        losses = self._forward(idx)
-        self.optimizer.zero_grad()
-        losses.mean().backward()
-        self.writer.append(self.params, idx, losses, settings)
-        self.optimizer.step()
+        losses, grads = self._forward(idx), {p: p.grad for p in self.model.parameters()}
+        try:
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            if idle := [k for k, p in self.params.items() if p.grad is None]: settings["idle"] = idle
+            self.writer.stage(self.params)
+            self.optimizer.step()
+        except BaseException:
+            for p, g in grads.items(): p.grad = g
+            raise
+        self.writer.append(idx, losses, settings)
         self._versions = _versions(self.params)
         return losses.mean().item()
 
     def finish(self):
         "Close the recording and return the `Run`; a second call returns the same run."
         if self._run is None:
-            self.writer.close(self.params)
+            moved = self._versions not in (None, _versions(self.params))           # by something else than a recorded step
+            self.writer.close(None if moved else self.params)
             self._run = open_run(self.path, self.model, self.loss_fn, self.dataset)
             self._run.temporary = self._temporary
         return self._run
@@ -124,15 +132,18 @@ class Recorder:
             raise RuntimeError("the parameters were changed between two recorded steps (loading, averaging, re-initialisation): only rec.step may change them; "
                                "start a new Recorder after such a change")
         if torch.is_autocast_enabled(self.device.type): raise NotImplementedError("training under autocast is not supported: record in full precision")
-        if update_rule(self.optimizer, self.model).groups != self.rule.groups:
+        groups, training = self.optimizer.param_groups, training_modules(self.model)
+        if [sum(p.requires_grad for p in g["params"]) for g in groups] != [len(names) for names in self.rule.groups]:
             raise NotImplementedError("the optimizer's parameters changed during the run (unfreezing, add_param_group), which is not supported: start a new Recorder")
-        refuse_modules(self.model)
-        return {"groups": self.rule.hyper(self.optimizer), "training": training_modules(self.model)}
+        if any(map(self.rule.unsupported, groups)): update_rule(self.optimizer, self.model)          # raises, and says why
+        if training != self._training: refuse_modules(self.model)
+        self._training = training
+        return {"groups": self.rule.hyper(self.optimizer), "training": training}
 
     def _forward(self, idx):
-        random = _random_state(self.device)
+        random, training = _random_state(self.device), training_modules(self.model)
         try:
-            losses = check_losses(self.loss_fn(self.model, fetch(self.dataset, idx, self.device)), len(idx))
+            losses = check_losses(self.loss_fn(self.model, self._fetch(idx)), len(idx))
             if not losses.requires_grad: raise ValueError("the losses do not depend on the parameters: does loss_fn detach, or run under torch.no_grad()?")
             if not (ok := losses.isfinite()).all():
                 raise ValueError(f"the losses of samples {idx[~ok.cpu()].tolist()[:5]} are not finite: lower the learning rate, or look at these samples; nothing of this step was recorded")
@@ -142,10 +153,11 @@ class Recorder:
                 raise NotImplementedError(f"the forward pass changed {changed}, which is not supported yet: only the optimizer may change the model's tensors")
             return losses
         except BaseException:
-            self._restore(random)
+            self._restore(random, training)
             raise
 
-    def _restore(self, random):
+    def _restore(self, random, training):
+        set_modes(self.model, training)
         torch.set_rng_state(random[0])
         if len(random) > 1: torch.cuda.set_rng_state(random[1], self.device)
         with torch.no_grad():

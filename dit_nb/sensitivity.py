@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['supervised', 'check_losses', 'call_with', 'training_modules', 'set_modes', 'in_modes', 'untouched', 'BatchGradient',
-           'leaves', 'PullBack', 'saved_bytes', 'query_value', 'query_gradient']
+           'leaves', 'PullBack', 'saved_bytes', 'evaluation', 'query_value', 'query_gradient']
 
 # %% ../nbs/01_sensitivity.ipynb #ece9e11e
 import copy, time
@@ -82,7 +82,7 @@ def untouched(model):
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with in_modes(model, training_modules(model)), torch.random.fork_rng(devices=devices): yield model
 
-# %% ../nbs/01_sensitivity.ipynb #32fbc30b
+# %% ../nbs/01_sensitivity.ipynb #cb338675
 class BatchGradient:
     """The mean gradient `G(theta, w)` of one batch, ready to be pulled back along any number of directions.
 
@@ -91,8 +91,8 @@ class BatchGradient:
     def __init__(self, losses, params):
         self.losses, self.params = losses.detach(), params
         with torch.enable_grad():
-            self.w = torch.ones_like(losses, requires_grad=True)
-            G = torch.autograd.grad((self.w * losses).sum() / len(losses), list(params.values()), create_graph=True, materialize_grads=True)
+            self.w = torch.full_like(losses, 1 / len(losses), requires_grad=True)      # w_i / B, so that no node multiplies, sums or divides
+            G = torch.autograd.grad(losses, list(params.values()), self.w, create_graph=True, materialize_grads=True)
         self.G = dict(zip(params, G))
 
     def pull_back(self, directions, batched=False, keep=True):
@@ -108,29 +108,30 @@ class BatchGradient:
         rows = [us] if batched else list(zip(*us))
         pulled = [pull(vs, keep or vs is not rows[-1]) for vs in rows]
         products, *Hu = pulled[0] if batched else (torch.stack(r) if len(r) > 1 else r[0][None] for r in zip(*pulled))
-        return products, dict(zip(self.params, Hu))
+        return products / len(self.losses), dict(zip(self.params, Hu))
 
 def leaves(params):
     "Return differentiable stand-ins `{name: tensor}` for `params`, sharing their memory."
     return {k: v.detach().requires_grad_() for k, v in params.items()}
 
-# %% ../nbs/01_sensitivity.ipynb #a85c86de
+# %% ../nbs/01_sensitivity.ipynb #2022af86
 class PullBack:
     """`BatchGradient.pull_back`, batched or looped, whichever was measured to be faster for that many directions.
 
     `how` is `"auto"`, `"batched"` or `"looped"`. The two differ in rounding: fix one where bits must repeat. At most `rows`
     directions go into one batched backward, which bounds its memory. `choices` tells what was measured:
-    `{directions: (seconds looped, seconds batched)}`."""
+    `{directions: (seconds looped, seconds batched)}`, the latter infinite where torch can't batch the network's double backward."""
     def __init__(self, how="auto", rows=None):
         if how not in ("auto", "batched", "looped"): raise ValueError(f"pullback must be 'auto', 'batched' or 'looped', not {how!r}")
-        self.how, self.rows, self.choices, self._batched = how, rows, {}, {}
+        self.how, self.rows, self.choices, self._next = how, rows, {}, 2
+        self._batched = how == "batched"
 
     def __call__(self, graph, directions):
         m = len(next(iter(directions.values())))
-        if m == 1: return graph.pull_back(directions, keep=False)
-        if self.how == "auto" and m.bit_length() not in self._batched: self._measure(graph, directions, m)
-        batched = self.how == "batched" or (self.how == "auto" and self._batched[m.bit_length()])
-        return self._in_blocks(graph, directions, m) if batched else graph.pull_back(directions, keep=False)
+        if self.how == "auto" and m >= self._next: return self._measure(graph, directions, m)
+        if m == 1 or not self._batched: return graph.pull_back(directions, keep=False)
+        try: return self._in_blocks(graph, directions, m)
+        except RuntimeError as e: raise RuntimeError(f"torch can't batch this network's double backward ({e}): use pullback='looped'") from e
 
     def _in_blocks(self, graph, directions, m):
         if not self.rows or m <= self.rows: return graph.pull_back(directions, batched=True)
@@ -139,18 +140,28 @@ class PullBack:
         return torch.cat(products), {k: torch.cat([h[k] for h in Hu]) for k in Hu[0]}
 
     def _measure(self, graph, directions, m):
-        self._in_blocks(graph, directions, m)                          # the first vectorised call pays one-off costs
-        looped = _seconds(lambda: graph.pull_back(directions), directions)
-        batched = min(_seconds(lambda: self._in_blocks(graph, directions, m), directions) for _ in range(2))
-        self.choices[m], self._batched[m.bit_length()] = (looped, batched), batched < looped
+        looped, slow = _timed(lambda: graph.pull_back(directions), directions)
+        batched = float("inf")
+        try:
+            if not self.choices: self._in_blocks(graph, directions, m)           # the first vectorised call pays one-off costs
+            batched, fast = _timed(lambda: self._in_blocks(graph, directions, m), directions)
+            if not _alike(slow, fast): batched = float("inf")
+        except RuntimeError: pass
+        self.choices[m], self._batched = (looped, batched), batched < looped
+        self._next = float("inf") if batched == float("inf") else m * (8 if self._batched else 2)     # what pays for few pays for more
+        return fast if self._batched else slow
 
-def _seconds(f, tensors):
+def _timed(f, tensors):
     cuda = next(iter(tensors.values())).is_cuda
     if cuda: torch.cuda.synchronize()
     start = time.perf_counter()
-    f()
+    result = f()
     if cuda: torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
+
+def _alike(a, b):
+    pairs = [(a[0], b[0]), *((a[1][k], b[1][k]) for k in a[1])]
+    return all((x - y).abs().max() <= x.abs().max() * torch.finfo(x.dtype).eps ** .5 for x, y in pairs if x.numel())
 
 # %% ../nbs/01_sensitivity.ipynb #8f1ee115
 def saved_bytes(f):
@@ -160,10 +171,19 @@ def saved_bytes(f):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/01_sensitivity.ipynb #e396b9c1
+# %% ../nbs/01_sensitivity.ipynb #043fac1a
+@contextmanager
+def evaluation(model):
+    "Within the block the whole model is in evaluation mode; afterwards each module is as it was."
+    training = [m for m in model.modules() if m.training]
+    for m in training: m.training = False
+    try: yield model
+    finally:
+        for m in training: m.training = True
+
 def query_value(model, query, tensors):
     "Return `query(model)` as a 0-d tensor, in evaluation mode with the given `tensors`; `query` must return one real number."
-    with in_modes(model): value = call_with(model, tensors, query)
+    with evaluation(model): value = call_with(model, tensors, query)
     name = getattr(query, "name", getattr(query, "__name__", repr(query)))
     if not isinstance(value, Tensor):
         raise TypeError(f"query {name} must return a tensor (keep it differentiable: no .item()); it returned {type(value).__name__}")

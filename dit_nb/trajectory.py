@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'SEGMENT_BYTES', 'SCHEMA', 'State', 'describe_tensors', 'fingerprint', 'TrajectoryWriter', 'Trajectory',
            'named_step', 'Run', 'tolerance', 'check_arrival', 'open_run']
 
-# %% ../nbs/03_trajectory.ipynb #60e0b26e
-import copy, json, os, sqlite3
+# %% ../nbs/03_trajectory.ipynb #434d16d2
+import copy, json, operator, os, sqlite3
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .data import fetch, fetcher, n_samples
-from .sensitivity import BatchGradient, call_with, check_losses, in_modes, leaves
+from .sensitivity import BatchGradient, call_with, check_losses, leaves, set_modes, untouched
 from .updates import rule_named
 
 # %% ../nbs/03_trajectory.ipynb #23fc9578
@@ -43,7 +43,7 @@ def fingerprint(dataset, probes=8):
     for leaf in leaves: h.update(leaf.detach().cpu().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
     return h.hexdigest()
 
-# %% ../nbs/03_trajectory.ipynb #68b678da
+# %% ../nbs/03_trajectory.ipynb #1b8c7e22
 FORMAT = 1
 SEGMENT_BYTES = 2**25
 
@@ -80,9 +80,13 @@ class TrajectoryWriter:
         for pattern in ("run.sqlite*", "states-*.safetensors", "constants.safetensors"):
             for f in self.path.glob(pattern): f.unlink()
 
-    def append(self, params, batch, losses, settings):
-        "Record the step from the state `params`: sample indices `[B]`, their losses `[B]`, and JSON-able settings."
-        if self.steps % self.every == 0: self._hold(self.steps, params)
+    def stage(self, params):
+        "Keep the state before a step, which `append` completes; a step that fails in between leaves no trace."
+        if self.steps % self.every == 0: self._hold(params)
+
+    def append(self, batch, losses, settings):
+        "Record the step from the staged state: sample indices `[B]`, their losses `[B]`, and JSON-able settings."
+        if self.steps % self.every == 0: self._held.append(self.steps)
         key = self._settings.setdefault(json.dumps(settings), len(self._settings))
         self._rows.append((self.steps, np.asarray(batch, dtype=np.int64).tobytes(), losses.detach().cpu().numpy().tobytes(), key))
         self.steps += 1
@@ -91,14 +95,13 @@ class TrajectoryWriter:
         "Name the present step."
         self._marks.append((name, self.steps))
 
-    def _hold(self, t, params):
+    def _hold(self, params):
         if self._stack is None:
             size = sum(v.numel() * v.element_size() for v in params.values())
             self._room = max(1, min(512, SEGMENT_BYTES // max(size, 1)))
             self._stack = {k: v.new_empty((self._room, *v.shape)) for k, v in params.items()}
         if len(self._held) == self._room: self.flush()
         for k, v in params.items(): self._stack[k][len(self._held)].copy_(v.detach())
-        self._held.append(t)
 
     def flush(self):
         "Write what is held in memory; readers see all steps up to here."
@@ -113,11 +116,13 @@ class TrajectoryWriter:
         db.commit()
         self._rows, self._marks, self._held = [], [], []
 
-    def close(self, params):
-        "Record the final state and close the folder. `pragma journal_mode=delete` leaves one plain file, readable from read-only disks."
-        self._hold(self.steps, params)
+    def close(self, params=None):
+        "Record the final state, if it is known to be the last step's, and close the folder."
+        if params is not None:
+            self._hold(params)
+            self._held.append(self.steps)
         self.flush()
-        self.db.execute("pragma journal_mode=delete")
+        self.db.execute("pragma journal_mode=delete")            # one plain file, readable from a read-only disk too
         self.db.close()
 
 def _save(tensors, file):
@@ -196,10 +201,12 @@ class Trajectory:
         except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or record the run again") from None
         except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged: {e}") from e
 
-# %% ../nbs/03_trajectory.ipynb #04fa1258
+# %% ../nbs/03_trajectory.ipynb #a3d9b682
 def named_step(marks, t):
-    "Return a step given as number or as a mark's name; `'start'` is 0. KeyError for other names."
-    if not isinstance(t, str): return int(t)
+    "Return a step given as whole number or as a mark's name; `'start'` is 0. KeyError for other names, TypeError for other things."
+    if isinstance(t, bool) or not (isinstance(t, str) or hasattr(t, "__index__")):
+        raise TypeError(f"{t!r} is no step: steps are whole numbers, or names of marks ({', '.join(marks) or 'this run has none'})")
+    if not isinstance(t, str): return operator.index(t)
     if t != "start" and t not in marks: raise KeyError(f"the run has no mark {t!r}; it has {', '.join(marks) or 'none'}")
     return marks.get(t, 0)
 
@@ -214,6 +221,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.rule = rule_named(self.meta["optimizer"], self.meta["groups"])
         self.constants = self._on_device(trajectory.read("constants.safetensors"))
+        for k in self.meta.get("differentiable", ()): self.constants[k].requires_grad_()       # untrained, but not frozen
         self._fetch, self._replayed = fetcher(dataset, self.device), (None, [])
 
     steps = property(lambda self: self.trajectory.steps)
@@ -269,13 +277,14 @@ class Run:
         params = self.state(start).params if params is None else params
         for t in range(start, self.steps if stop is None else stop):
             yield t, params
-            idx, settings = self.batch(t), self.trajectory.settings(t)
-            p = leaves(params)
-            with in_modes(self.model, settings["training"]), torch.enable_grad():
+            idx, settings, p = self.batch(t), self.trajectory.settings(t), leaves(params)
+            with untouched(self.model), torch.enable_grad():
+                set_modes(self.model, settings["training"])
                 losses = check_losses(self.call({**self.constants, **p}, self.data(t)), len(idx))
+                if weights is None: self._check_recorded(t, losses)
                 w = 1. if weights is None else weights[idx].to(losses)
                 grads = torch.autograd.grad((w * losses).sum() / len(idx), list(p.values()), materialize_grads=True)
-            params, _ = self.rule.step(params, {}, dict(zip(p, grads)), settings["groups"])
+            params, _ = self.rule.step(params, {}, dict(zip(p, grads)), settings)
         yield self.steps if stop is None else stop, params
 
     def call(self, tensors, batch):
@@ -289,44 +298,52 @@ class Run:
         of step `t`, which spares it to set up the model for every step."""
         if at is None:
             at = leaves(self.state(t).params)
-            with in_modes(self.model, self.trajectory.settings(t)["training"]):
+            with untouched(self.model):
+                set_modes(self.model, self.trajectory.settings(t)["training"])
                 return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
         for k, v in self.state(t).params.items(): at[k].data = v
-        was = self.trajectory.losses(t)
-        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(was))
-        gap = np.abs(was - losses.detach().cpu().numpy()).max()
-        if gap and not gap <= tolerance(self.dtype) * (1 + np.abs(was).max()):
-            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {gap:.2g}: model code, loss_fn or data set "
-                               "are not those of the recording (or the data set gives other values each time)")
+        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
+        self._check_recorded(t, losses)
         return BatchGradient(losses, at)
 
+    def _check_recorded(self, t, losses):
+        was, now = self.trajectory.losses(t), losses.detach().cpu().numpy()
+        if now.tobytes() == was.tobytes(): return
+        gap = np.abs(was - now).max()
+        if not gap <= tolerance(self.dtype) * (1 + np.abs(was).max()):
+            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {gap:.2g}: model code, loss_fn or data set "
+                               "are not those of the recording (or the data set gives other values each time)")
+
     def verify(self, n=16):
-        """Return the largest deviation, relative to the largest parameter, when `n` evenly spread steps are repeated.
+        """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length.
 
         Raises RuntimeError if a repeated step does not arrive at the recorded state."""
-        steps = np.unique(np.linspace(0, self.steps - 1, n).astype(int))
+        steps = range(self.steps) if n is None else np.unique(np.linspace(0, self.steps - 1, n).astype(int))
         def arrive(t):
-            *_, (_, params) = self.replay(t, t + 1)
-            return check_arrival(params, self.state(t + 1).params, t + 1)
+            (_, before), (_, after) = self.replay(t, t + 1)
+            return check_arrival(before, after, self.state(t + 1).params, t + 1)
         return max((arrive(int(t)) for t in steps), default=0.)
 
     def _replay_segment(self, first):
         stop = self.trajectory.stored(first, after=True) or self.steps
         states = [p for _, p in self.replay(first, stop)]
-        if self.trajectory.stored(stop) == stop:
-            check_arrival(states[-1], self._on_device(self.trajectory.params(stop)), stop)
+        if self.trajectory.stored(stop) == stop: check_arrival(states[0], states[-1], self._on_device(self.trajectory.params(stop)), stop)
         return states
 
 def tolerance(dtype):
     "Return the relative deviation up to which a repetition counts as the same: far above rounding, far below a change of code or data."
     return torch.finfo(dtype).eps ** .5
 
-def check_arrival(params, recorded, t):
-    "Return the largest deviation of replayed from recorded parameters, relative to the largest of them; RuntimeError beyond `tolerance`."
-    scale = max(v.abs().max() for v in recorded.values())
-    gap = float(max((params[k] - v).abs().max() for k, v in recorded.items()) / scale.clamp(min=1e-30))
-    if gap <= tolerance(next(iter(recorded.values())).dtype): return gap
-    raise RuntimeError(f"a replay arrives at state {t} with a relative deviation of {gap:.2g}: the recorded updates were not made by the recorded "
+def check_arrival(before, after, recorded, t):
+    """Return how far the repeated state `after` is from the `recorded` one at step `t`, as a part of the way from `before`.
+
+    Raises RuntimeError beyond rounding: more than `eps ** (1/3)` of the way, and more than 16 `eps` of the largest parameter."""
+    if all(torch.equal(after[k], v) for k, v in recorded.items()): return 0.
+    def largest(f): return max(float(f(k, v).abs().max()) for k, v in recorded.items())
+    gap, way, size = largest(lambda k, v: after[k] - v), largest(lambda k, v: v - before[k]), largest(lambda k, v: v)
+    eps = torch.finfo(next(iter(recorded.values())).dtype).eps
+    if gap <= eps ** (1 / 3) * way + 16 * eps * size: return gap / max(way, eps * size)
+    raise RuntimeError(f"a replay misses the recorded state {t} by {gap / max(way, eps * size):.2g} of its way there: the recorded updates were not made by the recorded "
                        "optimizer from the recorded gradients. Something else changed gradients or parameters (clipping, a hook, averaging, "
                        "non-deterministic kernels), or model code, loss_fn or data have changed since")
 

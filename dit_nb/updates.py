@@ -9,14 +9,14 @@ __all__ = ['RULES', 'SGD', 'update_rule', 'rule_named']
 import torch
 from torch.optim.sgd import sgd
 
-# %% ../nbs/02_updates.ipynb #804d23bc
+# %% ../nbs/02_updates.ipynb #3fa8d183
 class SGD:
     """`theta <- theta - lr * (G + weight_decay * theta)`, the rule of `torch.optim.SGD` without momentum.
 
-    `groups` lists the parameter names of each parameter group. Per step, `hyper` holds one
-    `{"lr": ..., "weight_decay": ...}` for each group."""
+    `groups` lists the parameter names of each parameter group. Like torch's optimizers, it leaves alone what has no
+    gradient (`grad is None`, *idle*): not even the weight decay applies."""
     name = "SGD"
-    def __init__(self, groups): self.groups = groups
+    def __init__(self, groups): self.groups, self.n = groups, sum(map(len, groups))
 
     @staticmethod
     def unsupported(group):
@@ -29,22 +29,32 @@ class SGD:
         "Return the present settings of every parameter group, as plain numbers."
         return [{"lr": float(g["lr"]), "weight_decay": float(g["weight_decay"])} for g in optimizer.param_groups]
 
-    def step(self, params, slots, grads, hyper):
-        "Return `(params, slots)` after the update; all are `{name: tensor}`, single or stacked along a leading dimension."
+    def step(self, params, slots, grads, settings):
+        """Return `(params, slots)` after the update; all are `{name: tensor}`, single or stacked along a leading dimension.
+
+        `settings` are those of the step: `groups`, as from `hyper`, and the names of `idle` parameters, which stay."""
         new = {k: v.clone() for k, v in params.items()}
-        for names, h in zip(self.groups, hyper):
+        for names, h in self._groups(settings, params):
             sgd([new[k] for k in names], [grads[k] for k in names], [None] * len(names), **h,
                 momentum=0., dampening=0., nesterov=False, maximize=False)
         return new, slots
 
-    def pull_back(self, adjoint, hyper):
+    def pull_back(self, adjoint, settings):
         """Return `(direction, direct)` for an adjoint `{name: [m, *shape]}` of the updated parameters: the pull-backs to the
         gradient and, past the model, to the parameters. `direct` may be the adjoint's own memory, which the sweep writes on."""
-        direction, direct = {}, {}
-        for names, h in zip(self.groups, hyper):
+        direction, direct = {}, dict(adjoint)
+        for names, h in self._groups(settings, adjoint):
             lr, keep = h["lr"], 1 - h["lr"] * h["weight_decay"]
-            for k in names: direction[k], direct[k] = adjoint[k] * -lr, adjoint[k] if keep == 1 else adjoint[k] * keep
+            for k in names:
+                direction[k] = adjoint[k] * -lr
+                if keep != 1: direct[k] = adjoint[k] * keep
+        for k in settings.get("idle", ()): direction[k] = torch.zeros_like(adjoint[k])
         return direction, direct
+
+    def _groups(self, settings, present):
+        idle, groups = settings.get("idle", ()), self.groups
+        if idle or len(present) < self.n: groups = [[k for k in names if k in present and k not in idle] for names in groups]
+        return zip(groups, settings["groups"])
 
 # %% ../nbs/02_updates.ipynb #6869842c
 RULES = {torch.optim.SGD: SGD}
