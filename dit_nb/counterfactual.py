@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #2f00f1bc
+# %% ../nbs/07_counterfactual.ipynb #cc76fe1d
 import time
 import warnings
 
@@ -15,12 +15,13 @@ import scipy.stats
 import torch
 from torch.func import grad, vmap
 
+from .data import sample_indices
 from .estimator import Influence, boundaries, progress_bar, shown
 from .queries import as_queries
 from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, untouched
 from .trajectory import tolerance
 
-# %% ../nbs/07_counterfactual.ipynb #d76d5a47
+# %% ../nbs/07_counterfactual.ipynb #2215d2fa
 class Retraining:
     """Repeats a recorded run without some of its samples, many runs at once.
 
@@ -55,7 +56,7 @@ class Retraining:
         stack = {k: v.expand(m, *v.shape) for k, v in run.state(start).params.items()}
         for t in range(start, max(times) + 1):
             if t in times:
-                self.check(t, start, {k: v[0] for k, v in stack.items()})
+                self.check(t, {k: v[0] for k, v in stack.items()})
                 yield t, stack
             if t == max(times): return
             grads = self.gradients(t, stack, keep[:, run.batch(t)])
@@ -65,10 +66,10 @@ class Retraining:
         "The same, one run after the other: plain retraining."
         paths = [{t: p for t, p in self.run.replay(start, max(times), weights=None if row.all() else row) if t in times} for row in keep]
         for t in sorted(t for t in times if t >= start):
-            self.check(t, start, paths[0][t])
+            self.check(t, paths[0][t])
             yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
 
-    def check(self, t, start, repeated):
+    def check(self, t, repeated):
         """The run that keeps everything must arrive where the recorded one did. If it does not, either the record is not what its rule, model and data give,
         which is an error, or rounding itself is amplified, which is a warning about the truth."""
         recorded = self.run.state(t).params
@@ -99,7 +100,7 @@ class Retraining:
             kept = saved_bytes(lambda: run.call({**run.constants, **leaves(params)}, run.data(0)))
         return max(1, int(memory // (2 * kept + 6 * sum(v.numel() * v.element_size() for v in params.values()))))
 
-# %% ../nbs/07_counterfactual.ipynb #fd599d9e
+# %% ../nbs/07_counterfactual.ipynb #6d0154b2
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices), as `Influence` whose columns
     are the groups; for a list of queries a list.
@@ -108,7 +109,7 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
     `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised."""
     queries, several = as_queries(query)
     if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
-    groups, times = [_indices(g, run.n_samples) for g in groups], boundaries(run, at)
+    groups, times = [sample_indices(g, run.n_samples).numpy() for g in groups], boundaries(run, at)
     if not groups: raise ValueError("no samples given to remove")
     starts = [0] if removal == "always" else [0, *map(int, times[:-1])]
     values, baseline = np.zeros((len(queries), len(times), len(starts), len(groups))), np.zeros((len(queries), len(times)))
@@ -138,20 +139,12 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
 
 def leave_one_out(run, query, samples=None, **kw):
     "Return the exact effect on a query of removing each of `samples` (default: every sample), as `Influence`; arguments of `remove`."
-    samples = _indices(range(run.n_samples) if samples is None else samples, run.n_samples)
+    samples = sample_indices(range(run.n_samples) if samples is None else samples, run.n_samples).numpy()
     results = remove(run, query, samples[:, None], **kw)
     for r in results if isinstance(results, list) else [results]: r.samples, r.groups = samples, None
     return results
 
-# %% ../nbs/07_counterfactual.ipynb #cd058a6b
-def _indices(idx, n):
-    idx = np.atleast_1d(np.asarray(idx if isinstance(idx, (np.ndarray, torch.Tensor)) else list(np.atleast_1d(idx))))
-    if idx.ndim != 1 or not len(idx) or not np.issubdtype(idx.dtype, np.integer):
-        raise ValueError(f"samples must be a non-empty list of indices; given {idx.dtype} of shape {list(idx.shape)} (turn a mask into indices with np.flatnonzero)")
-    if idx.min() < 0 or idx.max() >= n: raise IndexError(f"sample indices must lie in 0 .. {n - 1}; found {idx.min()} to {idx.max()}")
-    if len(np.unique(idx)) < len(idx): raise ValueError("a sample is given twice: each can be removed once")
-    return idx
-
+# %% ../nbs/07_counterfactual.ipynb #2bdbfbe0
 def _jobs(run, groups, times, starts, size):
     "`[(start's number, columns, first step)]`: what to train together, leaving out groups that are never used again"
     jobs, last = [], int(times[-1])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SEGMENT_BYTES', 'SCHEMA', 'State', 'describe_tensors', 'fingerprint', 'TrajectoryWriter', 'Trajectory',
-           'named_step', 'Run', 'tolerance', 'check_arrival', 'open_run']
+           'named_step', 'tolerance', 'check_arrival', 'RecordedRun', 'ReplayedRun', 'Run', 'open_run']
 
 # %% ../nbs/03_trajectory.ipynb #434d16d2
 import copy, json, operator, os, sqlite3
@@ -201,7 +201,7 @@ class Trajectory:
         except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or record the run again") from None
         except (SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged: {e}") from e
 
-# %% ../nbs/03_trajectory.ipynb #a3d9b682
+# %% ../nbs/03_trajectory.ipynb #6b98de98
 def named_step(marks, t):
     "Return a step given as whole number or as a mark's name; `'start'` is 0. KeyError for other names, TypeError for other things."
     if isinstance(t, bool) or not (isinstance(t, str) or hasattr(t, "__index__")):
@@ -210,11 +210,27 @@ def named_step(marks, t):
     if t != "start" and t not in marks: raise KeyError(f"the run has no mark {t!r}; it has {', '.join(marks) or 'none'}")
     return marks.get(t, 0)
 
-class Run:
-    """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
+# %% ../nbs/03_trajectory.ipynb #43a831a2
+def tolerance(dtype):
+    "Return the relative deviation up to which a repetition counts as the same: far above rounding, far below a change of code or data."
+    return torch.finfo(dtype).eps ** .5
 
-    `steps` is `T`, `n_samples` is `n`, `marks` `{name: step}`, `path` the folder. The model serves as a form only: its own
-    parameters, gradients and modes are neither used nor changed."""
+def check_arrival(before, after, recorded, t):
+    """Return how far the repeated state `after` is from the `recorded` one at step `t`, as a part of the way from `before`.
+
+    Raises RuntimeError beyond rounding: more than `eps ** (1/3)` of the way, and more than 16 `eps` of the largest parameter."""
+    if all(torch.equal(after[k], v) for k, v in recorded.items()): return 0.
+    def largest(f): return max(float(f(k, v).abs().max()) for k, v in recorded.items())
+    gap, way, size = largest(lambda k, v: after[k] - v), largest(lambda k, v: v - before[k]), largest(lambda k, v: v)
+    eps = torch.finfo(next(iter(recorded.values())).dtype).eps
+    if gap <= eps ** (1 / 3) * way + 16 * eps * size: return gap / max(way, eps * size)
+    raise RuntimeError(f"a replay misses the recorded state {t} by {gap / max(way, eps * size):.2g} of its way there: the recorded updates were not made by the recorded "
+                       "optimizer from the recorded gradients. Something else changed gradients or parameters (clipping, a hook, averaging, "
+                       "non-deterministic kernels), or model code, loss_fn or data have changed since")
+
+# %% ../nbs/03_trajectory.ipynb #1f1473eb
+class RecordedRun:
+    "A trajectory bound to the model, loss and data of its recording: what is known of every step."
     def __init__(self, trajectory, model, loss_fn, dataset):
         self.trajectory, self.model, self.loss_fn, self.dataset = trajectory, model, loss_fn, dataset
         self.meta, self.path = trajectory.meta, trajectory.path
@@ -252,6 +268,24 @@ class Run:
         "Return the mean loss of every step's batch before its update: numpy `[T]`, the training curve."
         return np.array([self.trajectory.losses(t).mean() for t in range(self.steps)])
 
+    def call(self, tensors, batch):
+        "Return the losses `[B]` of a fetched batch under other parameters and buffers."
+        return call_with(self.model, tensors, lambda m: self.loss_fn(m, batch))
+
+    def check_repeated(self, t, losses):
+        "Raise RuntimeError unless `losses` `[B]`, computed again at step `t`, are the recorded ones."
+        was, now = self.trajectory.losses(t), losses.detach().cpu().numpy()
+        if now.tobytes() == was.tobytes(): return
+        gap = np.abs(was - now).max()
+        if not gap <= tolerance(self.dtype) * (1 + np.abs(was).max()):
+            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {gap:.2g}: model code, loss_fn or data set "
+                               "are not those of the recording (or the data set gives other values each time)")
+
+    def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
+
+# %% ../nbs/03_trajectory.ipynb #8ac4cbe0
+class ReplayedRun(RecordedRun):
+    "A recorded run with all its states, stored or not, and the training repeated from any of them."
     def state(self, t):
         "Return the `State` before step `t` (`t = T`: the final one), recorded or replayed."
         if not 0 <= t <= self.steps: raise IndexError(f"state {t} is not in the run: its states are 0 to {self.steps}")
@@ -259,8 +293,6 @@ class Run:
         if first == t: return State(self._on_device(self.trajectory.params(t)), self.constants, {})
         if self._replayed[0] != first: self._replayed = first, self._replay_segment(first)
         return State(self._replayed[1][t - first], self.constants, {})
-
-    def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
 
     def model_at(self, t=None):
         "Return a copy of the model in evaluation mode, as it was before step `t` (step or mark's name; None: at the end)."
@@ -281,38 +313,11 @@ class Run:
             with untouched(self.model), torch.enable_grad():
                 set_modes(self.model, settings["training"])
                 losses = check_losses(self.call({**self.constants, **p}, self.data(t)), len(idx))
-                if weights is None: self._check_recorded(t, losses)
+                if weights is None: self.check_repeated(t, losses)
                 w = 1. if weights is None else weights[idx].to(losses)
                 grads = torch.autograd.grad((w * losses).sum() / len(idx), list(p.values()), materialize_grads=True)
             params, _ = self.rule.step(params, {}, dict(zip(p, grads)), settings)
         yield self.steps if stop is None else stop, params
-
-    def call(self, tensors, batch):
-        "Return the losses `[B]` of a fetched batch under other parameters and buffers."
-        return call_with(self.model, tensors, lambda m: self.loss_fn(m, batch))
-
-    def batch_gradient(self, t, at=None):
-        """Return the `BatchGradient` of step `t`, after checking that its losses are those that were recorded.
-
-        A sweep passes the leaves `at` that the model holds already (in the step's modes); they are pointed to the state
-        of step `t`, which spares it to set up the model for every step."""
-        if at is None:
-            at = leaves(self.state(t).params)
-            with untouched(self.model):
-                set_modes(self.model, self.trajectory.settings(t)["training"])
-                return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
-        for k, v in self.state(t).params.items(): at[k].data = v
-        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
-        self._check_recorded(t, losses)
-        return BatchGradient(losses, at)
-
-    def _check_recorded(self, t, losses):
-        was, now = self.trajectory.losses(t), losses.detach().cpu().numpy()
-        if now.tobytes() == was.tobytes(): return
-        gap = np.abs(was - now).max()
-        if not gap <= tolerance(self.dtype) * (1 + np.abs(was).max()):
-            raise RuntimeError(f"step {t}: the losses of its batch differ from the recorded ones by up to {gap:.2g}: model code, loss_fn or data set "
-                               "are not those of the recording (or the data set gives other values each time)")
 
     def verify(self, n=16):
         """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length.
@@ -330,22 +335,26 @@ class Run:
         if self.trajectory.stored(stop) == stop: check_arrival(states[0], states[-1], self._on_device(self.trajectory.params(stop)), stop)
         return states
 
-def tolerance(dtype):
-    "Return the relative deviation up to which a repetition counts as the same: far above rounding, far below a change of code or data."
-    return torch.finfo(dtype).eps ** .5
+# %% ../nbs/03_trajectory.ipynb #f80aa403
+class Run(ReplayedRun):
+    """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
-def check_arrival(before, after, recorded, t):
-    """Return how far the repeated state `after` is from the `recorded` one at step `t`, as a part of the way from `before`.
+    `steps` is `T`, `n_samples` is `n`, `marks` `{name: step}`, `path` the folder. The model serves as a form only: its own
+    parameters, gradients and modes are neither used nor changed."""
+    def batch_gradient(self, t, at=None):
+        """Return the `BatchGradient` of step `t`, after checking that its losses are those that were recorded.
 
-    Raises RuntimeError beyond rounding: more than `eps ** (1/3)` of the way, and more than 16 `eps` of the largest parameter."""
-    if all(torch.equal(after[k], v) for k, v in recorded.items()): return 0.
-    def largest(f): return max(float(f(k, v).abs().max()) for k, v in recorded.items())
-    gap, way, size = largest(lambda k, v: after[k] - v), largest(lambda k, v: v - before[k]), largest(lambda k, v: v)
-    eps = torch.finfo(next(iter(recorded.values())).dtype).eps
-    if gap <= eps ** (1 / 3) * way + 16 * eps * size: return gap / max(way, eps * size)
-    raise RuntimeError(f"a replay misses the recorded state {t} by {gap / max(way, eps * size):.2g} of its way there: the recorded updates were not made by the recorded "
-                       "optimizer from the recorded gradients. Something else changed gradients or parameters (clipping, a hook, averaging, "
-                       "non-deterministic kernels), or model code, loss_fn or data have changed since")
+        A sweep passes the leaves `at` that the model holds already (in the step's modes); they are pointed to the state
+        of step `t`, which spares it to set up the model for every step."""
+        if at is None:
+            at = leaves(self.state(t).params)
+            with untouched(self.model):
+                set_modes(self.model, self.trajectory.settings(t)["training"])
+                return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
+        for k, v in self.state(t).params.items(): at[k].data = v
+        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
+        self.check_repeated(t, losses)
+        return BatchGradient(losses, at)
 
 # %% ../nbs/03_trajectory.ipynb #4d5db259
 def open_run(path, model, loss_fn, dataset):
