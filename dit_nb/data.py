@@ -136,7 +136,7 @@ def n_samples(dataset):
         raise ValueError(f"tensors must share their first dimension, the samples, but have lengths {sorted(set(lengths), key=str)[:5]}")
     return lengths[0]
 
-# %% ../nbs/00_data.ipynb #32b622ce
+# %% ../nbs/00_data.ipynb #f1c6a3be
 def _tree(f, d):
     "Nested tuples, lists and dicts like `d`, with `f` applied to what they hold"
     if isinstance(d, torch.Tensor): return f(d)                  # by far the most frequent, and asking for a Mapping is slow
@@ -157,12 +157,15 @@ def fetcher(dataset, device=None):
     """Function from indices to their batch: `fetch` for many batches of one `dataset`, whose structure is looked at once.
 
     It takes valid indices only, int64 [B] on the CPU."""
+    device = None if device is None else torch.device(device)
     def place(v): return v.to(device) if device is not None and isinstance(v, torch.Tensor) else v
     if type(dataset) is Subset:
         inner, numbers = fetcher(dataset.dataset, device), torch.as_tensor(dataset.indices)
         return lambda idx: inner(numbers[idx])
     columns = _columns(dataset)
     if columns is None: return lambda idx: _tree(place, _rows(dataset, idx.tolist()))
+    if type(columns) is tuple and all(isinstance(v, torch.Tensor) and device in (None, v.device) for v in columns):
+        return lambda idx: tuple([v[idx] for v in columns])                            # the usual case, without detours
     # an array is indexed before it becomes a tensor: of a memory map, only these rows are read
     def take(v, idx): return v[idx] if isinstance(v, torch.Tensor) else torch.as_tensor(v[idx.numpy()])
     return lambda idx: _tree(lambda v: place(take(v, idx)), columns)

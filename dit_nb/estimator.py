@@ -162,7 +162,7 @@ def progress_bar(steps=None, desc="", progress=True, **kw):
     "Return `tqdm` over `steps`, silent unless `progress`."
     return tqdm(steps, desc=desc, unit="step", delay=.5, leave=False, disable=not shown(progress), **kw)
 
-# %% ../nbs/06_estimator.ipynb #81630fda
+# %% ../nbs/06_estimator.ipynb #e0d6f2c7
 class _Sweep:
     def __init__(self, run, queries, times, removal, per_step, pull, memory):
         self.run, self.queries, self.times, self.removal, self.pull, self.memory = run, queries, times, removal, pull, memory
@@ -186,7 +186,7 @@ class _Sweep:
         self.check_update(t, g, settings, checked, after)
         direction, direct = run.rule.pull_back(self.adjoint, settings)
         products, Hu = self.pull(g, direction)
-        products = products.double().neg_()
+        products = -products.double()
         A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
         A.index_add_(1, idx, products)
         if self.uses is not None: self.uses.append((t, idx.cpu().numpy(), products.cpu().numpy()))

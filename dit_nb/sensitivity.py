@@ -171,7 +171,7 @@ def saved_bytes(f):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/01_sensitivity.ipynb #043fac1a
+# %% ../nbs/01_sensitivity.ipynb #1072a24d
 @contextmanager
 def evaluation(model):
     "Within the block the whole model is in evaluation mode; afterwards each module is as it was."
@@ -184,12 +184,11 @@ def evaluation(model):
 def query_value(model, query, tensors):
     "Return `query(model)` as a 0-d tensor, in evaluation mode with the given `tensors`; `query` must return one real number."
     with evaluation(model): value = call_with(model, tensors, query)
+    if isinstance(value, Tensor) and value.numel() == 1: return value.reshape(())
     name = getattr(query, "name", getattr(query, "__name__", repr(query)))
     if not isinstance(value, Tensor):
         raise TypeError(f"query {name} must return a tensor (keep it differentiable: no .item()); it returned {type(value).__name__}")
-    if value.numel() != 1:
-        raise ValueError(f"query {name} must return one number; it returned shape {list(value.shape)}: reduce it, or pass a list of queries")
-    return value.reshape(())
+    raise ValueError(f"query {name} must return one number; it returned shape {list(value.shape)}: reduce it, or pass a list of queries")
 
 def query_gradient(model, query, params, constants):
     """Return `(Q, {name: dQ/dparam} or None)` of a query at `params`; None where it does not depend on them."""

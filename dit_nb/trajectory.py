@@ -283,14 +283,14 @@ class RecordedRun:
 
     def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
 
-# %% ../nbs/03_trajectory.ipynb #8ac4cbe0
+# %% ../nbs/03_trajectory.ipynb #876c9bb0
 class ReplayedRun(RecordedRun):
     "A recorded run with all its states, stored or not, and the training repeated from any of them."
     def state(self, t):
         "Return the `State` before step `t` (`t = T`: the final one), recorded or replayed."
-        if not 0 <= t <= self.steps: raise IndexError(f"state {t} is not in the run: its states are 0 to {self.steps}")
         first = self.trajectory.stored(t)
         if first == t: return State(self._on_device(self.trajectory.params(t)), self.constants, {})
+        if not 0 <= t <= self.steps: raise IndexError(f"state {t} is not in the run: its states are 0 to {self.steps}")
         if self._replayed[0] != first: self._replayed = first, self._replay_segment(first)
         return State(self._replayed[1][t - first], self.constants, {})
 
