@@ -124,7 +124,7 @@ class Influence(Windows):
                 f"  times:    {len(self.times)} boundaries, {_short(self.times)}\n"
                 f"  computed: {self.dtype}, from the run in {self.path}")
 
-# %% ../nbs/06_estimator.ipynb #de2bc18d
+# %% ../nbs/06_estimator.ipynb #04f3f710
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -148,7 +148,7 @@ def influence(run, query, at=None, removal="always", per_step=False, pullback="a
     if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
     times = boundaries(run, at)
     sweep = _Sweep(run, queries, times, removal, per_step, PullBack(pullback), memory)
-    with untouched(run.model):
+    with untouched(run.model), torch.enable_grad():
         call_with(run.model, {**run.constants, **sweep.at}, lambda _: [sweep.step(t) for t in progress_bar(range(int(times[-1]) - 1, -1, -1), "sweep", progress)])
     results = sweep.results()
     return results if several else results[0]
@@ -162,7 +162,7 @@ def progress_bar(steps=None, desc="", progress=True, **kw):
     "Return `tqdm` over `steps`, silent unless `progress`."
     return tqdm(steps, desc=desc, unit="step", delay=.5, leave=False, disable=not shown(progress), **kw)
 
-# %% ../nbs/06_estimator.ipynb #e0d6f2c7
+# %% ../nbs/06_estimator.ipynb #cb130258
 class _Sweep:
     def __init__(self, run, queries, times, removal, per_step, pull, memory):
         self.run, self.queries, self.times, self.removal, self.pull, self.memory = run, queries, times, removal, pull, memory
@@ -186,10 +186,10 @@ class _Sweep:
         self.check_update(t, g, settings, checked, after)
         direction, direct = run.rule.pull_back(self.adjoint, settings)
         products, Hu = self.pull(g, direction)
-        products = -products.double()
+        products = products.double()
         A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
-        A.index_add_(1, idx, products)
-        if self.uses is not None: self.uses.append((t, idx.cpu().numpy(), products.cpu().numpy()))
+        A.index_add_(1, idx, products, alpha=-1)
+        if self.uses is not None: self.uses.append((t, idx.cpu().numpy(), -products.cpu().numpy()))
         self.adjoint = {k: v.add_(Hu[k]) for k, v in direct.items()}
 
     def check_update(self, t, g, settings, k, after):

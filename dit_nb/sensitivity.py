@@ -82,7 +82,7 @@ def untouched(model):
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with in_modes(model, training_modules(model)), torch.random.fork_rng(devices=devices): yield model
 
-# %% ../nbs/01_sensitivity.ipynb #cb338675
+# %% ../nbs/01_sensitivity.ipynb #eeeec685
 class BatchGradient:
     """The mean gradient `G(theta, w)` of one batch, ready to be pulled back along any number of directions.
 
@@ -90,9 +90,8 @@ class BatchGradient:
     `G` `{name: tensor}` is taken at `w = 1`."""
     def __init__(self, losses, params):
         self.losses, self.params = losses.detach(), params
-        with torch.enable_grad():
-            self.w = torch.full_like(losses, 1 / len(losses), requires_grad=True)      # w_i / B, so that no node multiplies, sums or divides
-            G = torch.autograd.grad(losses, list(params.values()), self.w, create_graph=True, materialize_grads=True)
+        self.w = torch.full_like(losses, 1 / len(losses), requires_grad=True)          # w_i / B, so that no node multiplies, sums or divides
+        G = torch.autograd.grad(losses, list(params.values()), self.w, create_graph=True, materialize_grads=True)
         self.G = dict(zip(params, G))
 
     def pull_back(self, directions, batched=False, keep=True):
@@ -114,7 +113,7 @@ def leaves(params):
     "Return differentiable stand-ins `{name: tensor}` for `params`, sharing their memory."
     return {k: v.detach().requires_grad_() for k, v in params.items()}
 
-# %% ../nbs/01_sensitivity.ipynb #2022af86
+# %% ../nbs/01_sensitivity.ipynb #60263f11
 class PullBack:
     """`BatchGradient.pull_back`, batched or looped, whichever was measured to be faster for that many directions.
 
@@ -123,7 +122,7 @@ class PullBack:
     `{directions: (seconds looped, seconds batched)}`, the latter infinite where torch can't batch the network's double backward."""
     def __init__(self, how="auto", rows=None):
         if how not in ("auto", "batched", "looped"): raise ValueError(f"pullback must be 'auto', 'batched' or 'looped', not {how!r}")
-        self.how, self.rows, self.choices, self._next = how, rows, {}, 2
+        self.how, self.rows, self.choices, self._next = how, rows, {}, 4       # up to three, a loop is as good
         self._batched = how == "batched"
 
     def __call__(self, graph, directions):

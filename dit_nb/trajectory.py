@@ -335,7 +335,7 @@ class ReplayedRun(RecordedRun):
         if self.trajectory.stored(stop) == stop: check_arrival(states[0], states[-1], self._on_device(self.trajectory.params(stop)), stop)
         return states
 
-# %% ../nbs/03_trajectory.ipynb #f80aa403
+# %% ../nbs/03_trajectory.ipynb #18bb9097
 class Run(ReplayedRun):
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -344,15 +344,15 @@ class Run(ReplayedRun):
     def batch_gradient(self, t, at=None):
         """Return the `BatchGradient` of step `t`, after checking that its losses are those that were recorded.
 
-        A sweep passes the leaves `at` that the model holds already (in the step's modes); they are pointed to the state
-        of step `t`, which spares it to set up the model for every step."""
+        A sweep passes the leaves `at` that the model holds already (in the step's modes, with gradients enabled); they are pointed
+        to the state of step `t`, which spares it to set up the model for every step."""
         if at is None:
             at = leaves(self.state(t).params)
-            with untouched(self.model):
+            with untouched(self.model), torch.enable_grad():
                 set_modes(self.model, self.trajectory.settings(t)["training"])
                 return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
         for k, v in self.state(t).params.items(): at[k].data = v
-        with torch.enable_grad(): losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
+        losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
         self.check_repeated(t, losses)
         return BatchGradient(losses, at)
 
