@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #cc76fe1d
+# %% ../nbs/07_counterfactual.ipynb #5fa1b74a
 import time
 import warnings
 
@@ -16,7 +16,7 @@ import torch
 from torch.func import grad, vmap
 
 from .data import sample_indices
-from .estimator import Influence, boundaries, progress_bar, shown
+from .estimator import Influence, boundaries, consecutive, progress_bar, shown
 from .queries import as_queries
 from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, untouched
 from .trajectory import tolerance
@@ -100,7 +100,7 @@ class Retraining:
             kept = saved_bytes(lambda: run.call({**run.constants, **leaves(params)}, run.data(0)))
         return max(1, int(memory // (2 * kept + 6 * sum(v.numel() * v.element_size() for v in params.values()))))
 
-# %% ../nbs/07_counterfactual.ipynb #6d0154b2
+# %% ../nbs/07_counterfactual.ipynb #8c57b690
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices), as `Influence` whose columns
     are the groups; for a list of queries a list.
@@ -111,16 +111,20 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
     if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
     groups, times = [sample_indices(g, run.n_samples).numpy() for g in groups], boundaries(run, at)
     if not groups: raise ValueError("no samples given to remove")
-    starts = [0] if removal == "always" else [0, *map(int, times[:-1])]
-    values, baseline = np.zeros((len(queries), len(times), len(starts), len(groups))), np.zeros((len(queries), len(times)))
     with untouched(run.model):
+        baseline = np.array([[float(query_gradient(run.model, q, run.state(int(t)).params, run.constants)[0]) for t in times] for q in queries])
         re = Retraining(run, method)
-        for k, t in enumerate(times):
-            state = run.state(int(t))
-            for i, q in enumerate(queries): baseline[i, k] = query_gradient(run.model, q, state.params, state.buffers)[0]
-        jobs = _jobs(run, groups, times, starts, re.chunk(memory))
-        if shown(progress): _announce(re, jobs, int(times[-1]))
-        bar = progress_bar(None, "exact removal", progress, total=sum((int(times[-1]) - first) for _, _, first in jobs))
+        values = _effects(re, queries, groups, times, [0] if removal == "always" else [0, *map(int, times[:-1])], memory, progress)
+    results = [Influence.of(run, q, v[:, 0] if removal == "always" else v, times, np.arange(len(groups)), base, removal, "exact", groups=groups,
+                            notes={"method": re.method}) for q, v, base in zip(queries, values, baseline)]
+    return results if several else results[0]
+
+def _effects(re, queries, groups, times, starts, memory, progress):
+    "`[queries, K, starts, groups]`: the change of each query at each boundary when a group is missing from a start on"
+    run, values = re.run, np.zeros((len(queries), len(times), len(starts), len(groups)))
+    jobs = _jobs(run, groups, times, starts, re.chunk(memory))
+    if shown(progress): _announce(re, jobs, int(times[-1]))
+    with progress_bar(None, "exact removal", progress, total=sum(int(times[-1]) - first for *_, first in jobs)) as bar:
         for s, columns, first in jobs:
             keep = torch.ones(1 + len(columns), run.n_samples, dtype=bool)
             for row, c in enumerate(columns, start=1): keep[row, groups[c]] = False
@@ -128,14 +132,10 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
             for t, stack in states(keep.to(run.device), first, [int(t) for t in times if t > first]):
                 bar.update(t - first)
                 first = t
-                for i, q in enumerate(queries):
+                for q, effect in zip(queries, values):
                     v = re.values(q, stack).double().cpu().numpy()
-                    values[i, np.searchsorted(times, t), s, columns] = v[1:] - v[0]
-        bar.close()
-    results = [Influence(values[i, :, 0] if removal == "always" else values[i], times, np.arange(len(groups)), baseline[i], q, removal, "exact",
-                         str(run.dtype).removeprefix("torch."), str(run.path), run.steps, dict(run.marks), run, groups=groups, notes={"method": re.method})
-               for i, q in enumerate(queries)]
-    return results if several else results[0]
+                    effect[np.searchsorted(times, t), s, columns] = v[1:] - v[0]
+    return values
 
 def leave_one_out(run, query, samples=None, **kw):
     "Return the exact effect on a query of removing each of `samples` (default: every sample), as `Influence`; arguments of `remove`."
@@ -169,7 +169,7 @@ def _announce(re, jobs, last):
     if (seconds := (time.perf_counter() - start) * steps) > 2:
         print(f"exact removal: {sum(len(c) for _, c, _ in jobs)} retrainings, {'vectorised' if re.method == 'vmap' else 'one by one'}, about {seconds:.0f} s")
 
-# %% ../nbs/07_counterfactual.ipynb #cb4ee251
+# %% ../nbs/07_counterfactual.ipynb #0787e5e6
 def compare(infl, true, windows=None):
     """Return a frame with one row per window: number of samples, Pearson, Spearman and Kendall correlation, and relative error
     `|estimate - truth| / |truth|`, over the samples (or groups, whose estimates are summed) of `true`.
@@ -179,11 +179,9 @@ def compare(infl, true, windows=None):
     if infl.query.name != true.query.name: raise ValueError(f"the estimate is about {infl.query.name}, the truth about {true.query.name}")
     common = np.intersect1d(infl.times, true.times)
     if not len(common): raise ValueError(f"no common boundary: {infl.times.tolist()} and {true.times.tolist()}")
-    edges = [0, *map(int, common)]
-    windows = windows or list(zip(edges, edges[1:])) + ([(0, edges[-1])] if len(edges) > 2 else [])
     rows = []
-    for t1, t2 in windows:
-        w = true.step(t1), edges[-1] if t2 is None else true.step(t2)                # None: the last boundary of both
+    for t1, t2 in windows or consecutive(common):
+        w = true.step(t1), int(common[-1]) if t2 is None else true.step(t2)          # None: the last boundary of both
         e, x = aligned(infl, true, *w), true.window(*w)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)          # a window in which nothing moves gives nan
