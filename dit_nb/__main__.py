@@ -41,7 +41,7 @@ def train(path, epochs=20, seed=0, progress=True):
             schedule.step()
     return rec.finish(), val, loss_fn
 
-# %% ../nbs/13_main.ipynb #338f7869
+# %% ../nbs/13_main.ipynb #dd533d05
 def analyse(run, val, loss_fn, windows, k=3, verified=200, seed=0, progress=True):
     """Return `(infl, true, table, agreement)`: influence of every sample on the validation loss; exact removal of the `k`
     strongest of each sign and window and of `verified` random ones; both for the strongest; correlations on the random ones."""
@@ -50,7 +50,7 @@ def analyse(run, val, loss_fn, windows, k=3, verified=200, seed=0, progress=True
     random = np.random.default_rng(seed).permutation(run.n_samples)[:verified]
     strongest = [j for top in tops.values() for j in top["sample"]]
     true = leave_one_out(run, infl.query, np.unique([*random, *strongest]), progress=progress)
-    at = {j: c for c, j in enumerate(true.samples)}
+    at = true.columns
     table = pd.concat({infl.name(*w): top.assign(exact=[true.window(*w)[at[j]] for j in top["sample"]]) for w, top in tops.items()}, names=["window"])
     drawn = np.isin(true.samples, random)
     return infl, true, table, compare(infl, true.select(drawn), [*windows, (0, None)])

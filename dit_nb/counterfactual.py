@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #5fa1b74a
-import time
+# %% ../nbs/07_counterfactual.ipynb #d386528f
 import warnings
 
 import numpy as np
@@ -16,9 +15,8 @@ import torch
 from torch.func import grad, vmap
 
 from .data import sample_indices
-from .estimator import Influence, boundaries, consecutive, progress_bar, shown
-from .queries import as_queries
-from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, untouched
+from .estimator import Influence, asked, consecutive, progress_bar, shown
+from .sensitivity import check_losses, in_modes, leaves, query_gradient, query_value, saved_bytes, timed, untouched
 from .trajectory import tolerance
 
 # %% ../nbs/07_counterfactual.ipynb #2215d2fa
@@ -100,16 +98,15 @@ class Retraining:
             kept = saved_bytes(lambda: run.call({**run.constants, **leaves(params)}, run.data(0)))
         return max(1, int(memory // (2 * kept + 6 * sum(v.numel() * v.element_size() for v in params.values()))))
 
-# %% ../nbs/07_counterfactual.ipynb #8c57b690
+# %% ../nbs/07_counterfactual.ipynb #b3daa5df
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices), as `Influence` whose columns
     are the groups; for a list of queries a list.
 
     `at`, `removal` and the sign are those of `influence`; `method` that of `Retraining`. Runs are trained in chunks of about
     `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised."""
-    queries, several = as_queries(query)
-    if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
-    groups, times = [sample_indices(g, run.n_samples).numpy() for g in groups], boundaries(run, at)
+    queries, several, times = asked(run, query, at, removal)
+    groups = [sample_indices(g, run.n_samples).numpy() for g in groups]
     if not groups: raise ValueError("no samples given to remove")
     with untouched(run.model):
         baseline = np.array([[float(query_gradient(run.model, q, run.state(int(t)).params, run.constants)[0]) for t in times] for q in queries])
@@ -144,7 +141,7 @@ def leave_one_out(run, query, samples=None, **kw):
     for r in results if isinstance(results, list) else [results]: r.samples, r.groups = samples, None
     return results
 
-# %% ../nbs/07_counterfactual.ipynb #2bdbfbe0
+# %% ../nbs/07_counterfactual.ipynb #01d37951
 def _jobs(run, groups, times, starts, size):
     "`[(start's number, columns, first step)]`: what to train together, leaving out groups that are never used again"
     jobs, last = [], int(times[-1])
@@ -163,13 +160,12 @@ def _announce(re, jobs, last):
     stack, w = {k: v.expand(m, *v.shape) for k, v in re.run.state(first).params.items()}, torch.ones(m, B, device=re.run.device)
     def one(): return re.gradients(first, stack, w) if re.method == "vmap" else re.run.batch_gradient(first)
     one()
-    start = time.perf_counter()
-    one()
+    once, _ = timed(one, stack)
     steps = sum((1 + len(c)) * (last - f) for _, c, f in jobs) / m
-    if (seconds := (time.perf_counter() - start) * steps) > 2:
+    if (seconds := once * steps) > 2:
         print(f"exact removal: {sum(len(c) for _, c, _ in jobs)} retrainings, {'vectorised' if re.method == 'vmap' else 'one by one'}, about {seconds:.0f} s")
 
-# %% ../nbs/07_counterfactual.ipynb #0787e5e6
+# %% ../nbs/07_counterfactual.ipynb #bac32c12
 def compare(infl, true, windows=None):
     """Return a frame with one row per window: number of samples, Pearson, Spearman and Kendall correlation, and relative error
     `|estimate - truth| / |truth|`, over the samples (or groups, whose estimates are summed) of `true`.
@@ -193,7 +189,7 @@ def aligned(infl, true, t1=0, t2=None):
     "Return the influence in `infl` on a window for the samples of `true`, in their order; for groups the sum over each."
     v = infl.window(t1, t2)
     if infl.groups is not None: raise ValueError("the first argument must be an influence of single samples")
-    column = {int(j): c for c, j in enumerate(infl.samples)}
+    column = infl.columns
     if true.groups is not None: return np.array([v[[column[int(j)] for j in g]].sum() for g in true.groups])
     missing = [int(j) for j in true.samples if int(j) not in column]
     if missing: raise ValueError(f"the estimate lacks samples {missing[:5]}")

@@ -117,10 +117,10 @@ def _called(infl, dataset, j, words=0):
     head = f"sample {j}" + (f" ({name})" if name is not None else "")
     return head if not (words and texts) else f"{head}: {textwrap.shorten(texts[j], words, placeholder=' …')}"
 
-# %% ../nbs/11_plots.ipynb #1a4c14b0
+# %% ../nbs/11_plots.ipynb #b864102f
 def _columns(infl, samples):
     "Return `{sample: column}` of the chosen samples; ValueError for those that the result lacks"
-    have, samples = {int(j): c for c, j in enumerate(infl.samples)}, [int(j) for j in np.atleast_1d(np.asarray(samples))]
+    have, samples = infl.columns, [int(j) for j in np.atleast_1d(np.asarray(samples))]
     missing = [j for j in samples if j not in have]
     choose = "choose from infl.samples, such as infl.top(3)['sample']"
     if missing or not samples: raise ValueError(f"{f'the result has no samples {missing}' if missing else 'no sample given'}: {choose}")
@@ -161,8 +161,7 @@ def plot_influence(infl, samples, ax=None, truth=None):
     chosen, exact = _columns(infl, samples), {}
     if truth is not None:
         _alike(infl, truth)
-        have = {int(j): c for c, j in enumerate(truth.samples)}
-        exact = {j: have[j] for j in chosen if j in have}
+        exact = {j: truth.columns[j] for j in chosen if j in truth.columns}
     courses = {j: _course(infl, c) for j, c in chosen.items()}
     true = {j: _course(truth, c) for j, c in exact.items()}
     ax, always = _one(ax, (5.6, 3)), infl.removal == "always"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['supervised', 'check_losses', 'call_with', 'training_modules', 'set_modes', 'in_modes', 'untouched', 'BatchGradient',
-           'leaves', 'PullBack', 'saved_bytes', 'evaluation', 'query_value', 'query_gradient']
+           'leaves', 'PullBack', 'timed', 'saved_bytes', 'query_value', 'query_gradient']
 
 # %% ../nbs/01_sensitivity.ipynb #ece9e11e
 import copy, time
@@ -57,7 +57,7 @@ def call_with(model, tensors, fn):
     "Return `fn(model)`, computed with the parameters and buffers in `tensors` (`{name: tensor}`) instead of the model's own."
     return functional_call(_Call(model, fn), {f"model.{k}": v for k, v in tensors.items()}, ())
 
-# %% ../nbs/01_sensitivity.ipynb #bb29d1e5
+# %% ../nbs/01_sensitivity.ipynb #e454b7b5
 def training_modules(model):
     "Return the names of the modules of `model` that are in training mode."
     return [k for k, m in model.named_modules() if m.training]
@@ -70,17 +70,20 @@ def set_modes(model, training):
 @contextmanager
 def in_modes(model, training=()):
     "Within the block, exactly the modules named in `training` are in training mode; afterwards all are as they were."
-    was = training_modules(model)
+    was = [(m, m.training) for m in model.modules()]
     try:
         set_modes(model, training)
         yield model
-    finally: set_modes(model, was)
+    finally:
+        for m, training in was: m.training = training
 
 @contextmanager
-def untouched(model):
-    "Within the block, modes and torch's random state may change; afterwards they are as they were, also on failure."
+def untouched(model, training=None):
+    """Within the block, modes and torch's random state may change; afterwards they are as they were, also on failure.
+
+    `training` names the modules to put into training mode (None: those that are)."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with in_modes(model, training_modules(model)), torch.random.fork_rng(devices=devices): yield model
+    with in_modes(model, training_modules(model) if training is None else training), torch.random.fork_rng(devices=devices): yield model
 
 # %% ../nbs/01_sensitivity.ipynb #eeeec685
 class BatchGradient:
@@ -113,7 +116,7 @@ def leaves(params):
     "Return differentiable stand-ins `{name: tensor}` for `params`, sharing their memory."
     return {k: v.detach().requires_grad_() for k, v in params.items()}
 
-# %% ../nbs/01_sensitivity.ipynb #60263f11
+# %% ../nbs/01_sensitivity.ipynb #276638bd
 class PullBack:
     """`BatchGradient.pull_back`, batched or looped, whichever was measured to be faster for that many directions.
 
@@ -139,18 +142,19 @@ class PullBack:
         return torch.cat(products), {k: torch.cat([h[k] for h in Hu]) for k in Hu[0]}
 
     def _measure(self, graph, directions, m):
-        looped, slow = _timed(lambda: graph.pull_back(directions), directions)
+        looped, slow = timed(lambda: graph.pull_back(directions), directions)
         batched = float("inf")
         try:
             if not self.choices: self._in_blocks(graph, directions, m)           # the first vectorised call pays one-off costs
-            batched, fast = _timed(lambda: self._in_blocks(graph, directions, m), directions)
+            batched, fast = timed(lambda: self._in_blocks(graph, directions, m), directions)
             if not _alike(slow, fast): batched = float("inf")
         except RuntimeError: pass
         self.choices[m], self._batched = (looped, batched), batched < looped
         self._next = float("inf") if batched == float("inf") else m * (8 if self._batched else 2)     # what pays for few pays for more
         return fast if self._batched else slow
 
-def _timed(f, tensors):
+def timed(f, tensors):
+    "Return `(seconds, f())`, measured to the end of the work on the device of `tensors`."
     cuda = next(iter(tensors.values())).is_cuda
     if cuda: torch.cuda.synchronize()
     start = time.perf_counter()
@@ -170,19 +174,10 @@ def saved_bytes(f):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 
-# %% ../nbs/01_sensitivity.ipynb #1072a24d
-@contextmanager
-def evaluation(model):
-    "Within the block the whole model is in evaluation mode; afterwards each module is as it was."
-    training = [m for m in model.modules() if m.training]
-    for m in training: m.training = False
-    try: yield model
-    finally:
-        for m in training: m.training = True
-
+# %% ../nbs/01_sensitivity.ipynb #d920c09c
 def query_value(model, query, tensors):
     "Return `query(model)` as a 0-d tensor, in evaluation mode with the given `tensors`; `query` must return one real number."
-    with evaluation(model): value = call_with(model, tensors, query)
+    with in_modes(model): value = call_with(model, tensors, query)
     if isinstance(value, Tensor) and value.numel() == 1: return value.reshape(())
     name = getattr(query, "name", getattr(query, "__name__", repr(query)))
     if not isinstance(value, Tensor):

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'SEGMENT_BYTES', 'SCHEMA', 'State', 'describe_tensors', 'fingerprint', 'TrajectoryWriter', 'Trajectory',
            'named_step', 'tolerance', 'check_arrival', 'RecordedRun', 'ReplayedRun', 'Run', 'open_run']
 
-# %% ../nbs/03_trajectory.ipynb #434d16d2
+# %% ../nbs/03_trajectory.ipynb #2129f575
 import copy, json, operator, os, sqlite3
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .data import fetch, fetcher, n_samples
-from .sensitivity import BatchGradient, call_with, check_losses, leaves, set_modes, untouched
+from .sensitivity import BatchGradient, call_with, check_losses, leaves, untouched
 from .updates import rule_named
 
 # %% ../nbs/03_trajectory.ipynb #23fc9578
@@ -283,7 +283,7 @@ class RecordedRun:
 
     def _on_device(self, tensors): return tensors if self.device.type == "cpu" else {k: v.to(self.device) for k, v in tensors.items()}
 
-# %% ../nbs/03_trajectory.ipynb #876c9bb0
+# %% ../nbs/03_trajectory.ipynb #6a048774
 class ReplayedRun(RecordedRun):
     "A recorded run with all its states, stored or not, and the training repeated from any of them."
     def state(self, t):
@@ -303,15 +303,14 @@ class ReplayedRun(RecordedRun):
             for k, v in {**state.buffers, **state.params}.items(): tensors[k].copy_(v)
         return model
 
-    def replay(self, start=0, stop=None, weights=None, params=None):
-        """Yield `(t, params)` for `t = start .. stop`, training again over the recorded batches with the samples' `weights`
-        (tensor `[n]`; default 1: the recorded run), from `params` (default: the recorded state at `start`)."""
-        params = self.state(start).params if params is None else params
+    def replay(self, start=0, stop=None, weights=None):
+        """Yield `(t, params)` for `t = start .. stop`, training again from the recorded state at `start` over the recorded batches,
+        with the samples' `weights` (tensor `[n]`; default 1: the recorded run)."""
+        params = self.state(start).params
         for t in range(start, self.steps if stop is None else stop):
             yield t, params
             idx, settings, p = self.batch(t), self.trajectory.settings(t), leaves(params)
-            with untouched(self.model), torch.enable_grad():
-                set_modes(self.model, settings["training"])
+            with untouched(self.model, settings["training"]), torch.enable_grad():
                 losses = check_losses(self.call({**self.constants, **p}, self.data(t)), len(idx))
                 if weights is None: self.check_repeated(t, losses)
                 w = 1. if weights is None else weights[idx].to(losses)
@@ -335,7 +334,7 @@ class ReplayedRun(RecordedRun):
         if self.trajectory.stored(stop) == stop: check_arrival(states[0], states[-1], self._on_device(self.trajectory.params(stop)), stop)
         return states
 
-# %% ../nbs/03_trajectory.ipynb #18bb9097
+# %% ../nbs/03_trajectory.ipynb #d342d2bc
 class Run(ReplayedRun):
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -348,24 +347,23 @@ class Run(ReplayedRun):
         to the state of step `t`, which spares it to set up the model for every step."""
         if at is None:
             at = leaves(self.state(t).params)
-            with untouched(self.model), torch.enable_grad():
-                set_modes(self.model, self.trajectory.settings(t)["training"])
+            with untouched(self.model, self.trajectory.settings(t)["training"]), torch.enable_grad():
                 return call_with(self.model, {**self.constants, **at}, lambda _: self.batch_gradient(t, at))
         for k, v in self.state(t).params.items(): at[k].data = v
         losses = check_losses(self.loss_fn(self.model, self.data(t)), len(self.trajectory.losses(t)))
         self.check_repeated(t, losses)
         return BatchGradient(losses, at)
 
-# %% ../nbs/03_trajectory.ipynb #4d5db259
+# %% ../nbs/03_trajectory.ipynb #70b50f3a
 def open_run(path, model, loss_fn, dataset):
     """Return the `Run` recorded in the folder `path`, bound to a model of the same form, its loss and its data set.
 
     Raises ValueError if model or data set do not match the recording, naming the first difference."""
     trajectory = Trajectory(path)
     meta, found = trajectory.meta, dict(model.named_parameters()) | dict(model.named_buffers())
-    recorded = {**meta["params"], **meta["constants"]}
+    recorded, found = {**meta["params"], **meta["constants"]}, describe_tensors(found)
     for k in [*recorded, *found]:
-        was, now = ("{}{}".format(*d[k]) if k in d else "missing" for d in (recorded, describe_tensors(found)))
+        was, now = ("{}{}".format(*d[k]) if k in d else "missing" for d in (recorded, found))
         if was != now: raise ValueError(f"the model is not the recorded one: {k} was {was} and is {now}; build it as for the recording")
     if n_samples(dataset) != meta["n_samples"]:
         raise ValueError(f"the data set has {n_samples(dataset)} samples, the recorded one {meta['n_samples']}: pass the training set of the recording")
