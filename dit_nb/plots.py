@@ -184,7 +184,7 @@ def _directions(ax, infl):
     for name, y, arrow in zip(infl.effects, (.98, .02), "↑↓"):
         ax.text(.015, y, f"{arrow} {name}", transform=ax.transAxes, va="top" if y > .5 else "bottom", color=COLORS[name], fontsize=8)
 
-# %% ../nbs/11_plots.ipynb #955bea42
+# %% ../nbs/11_plots.ipynb #4dc43b38
 def _correlation(r): return "undefined" if np.isnan(r) else "> 0.999" if .9995 <= r < 1 else f"{r:.3f}".replace("-", "−")
 
 @plot_style()
@@ -206,7 +206,7 @@ def plot_agreement(infl, true, t1=0, t2=None, ax=None):
                rasterized=len(x) > 200, zorder=2)
     ax.text(.04, .97, f"Pearson {_correlation(row.pearson)}\nSpearman {_correlation(row.spearman)}\nrel. error {row.relative_error:.2g}",
             transform=ax.transAxes, va="top", fontsize=8, bbox=dict(fc=ax.get_facecolor(), ec="none", alpha=.7, pad=1))
-    ax.set(xlim=ends, ylim=ends, aspect="equal", title=f"{infl.name(t1, t2)}, {len(x)} {'samples' if true.groups is None else 'sets'}",
+    ax.set(xlim=ends, ylim=ends, aspect="equal", title=(name := infl.name(t1, t2)) + (", " if len(name) < 14 else ",\n") + f"{len(x)} {'samples' if true.groups is None else 'sets'}",
            xlabel=_raises(infl, e, true.method, 32), ylabel=infl.method + _factor(e))
     ax.locator_params(nbins=5)
     for axis in (ax.xaxis, ax.yaxis): _ticks(axis, e)
