@@ -4,6 +4,7 @@ The modules are exported from the notebooks in `nbs/`; this file alone is writte
 """
 __version__ = "0.1.0"
 
+from dit_nb.callbacks import LightningRecorder, TrainerRecorder
 from dit_nb.counterfactual import compare, leave_one_out, remove, verify
 from dit_nb.data import (Samples, adult, breast_cancer, corrupt_labels, digits, emnist, fashion_mnist, fetch, idx_images,
                          mnist, newsgroups, restore_labels)
@@ -15,7 +16,7 @@ from dit_nb.recorder import Recorder
 from dit_nb.sensitivity import supervised
 from dit_nb.trajectory import Run, State, open_run
 
-__all__ = ["Influence", "Query", "Recorder", "Run", "Samples", "State", "adult", "breast_cancer", "compare", "corrupt_labels",
+__all__ = ["Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder", "adult", "breast_cancer", "compare", "corrupt_labels",
            "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
            "input_gradient_query", "leave_one_out", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
            "parameter_query", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",

@@ -136,7 +136,7 @@ def n_samples(dataset):
         raise ValueError(f"tensors must share their first dimension, the samples, but have lengths {sorted(set(lengths), key=str)[:5]}")
     return lengths[0]
 
-# %% ../nbs/00_data.ipynb #f1c6a3be
+# %% ../nbs/00_data.ipynb #3934f9d7
 def _tree(f, d):
     "Nested tuples, lists and dicts like `d`, with `f` applied to what they hold"
     if isinstance(d, torch.Tensor): return f(d)                  # by far the most frequent, and asking for a Mapping is slow
@@ -144,50 +144,56 @@ def _tree(f, d):
     if isinstance(d, tuple) and hasattr(d, "_fields"): return type(d)(*(_tree(f, v) for v in d))
     return type(d)(_tree(f, v) for v in d) if isinstance(d, (tuple, list)) else f(d)
 
-def _rows(dataset, ids):
+def _rows(dataset, ids, collate_fn):
     "Batch of the rows `ids`, collated as a DataLoader does it, or `TypeError`"
     many = getattr(dataset, "__getitems__", None)
     rows = many(ids) if callable(many) else [dataset[i] for i in ids]
+    if collate_fn is not None: return collate_fn(rows)
     try: return default_collate(rows)
     except (RuntimeError, TypeError, IndexError) as e:
         raise TypeError(f"{len(rows)} rows of a {type(dataset).__name__} don't make a batch: {e}."
                         " Let __getitem__ return numbers or tensors of one shape (convert, crop or pad there)") from e
 
-def fetcher(dataset, device=None):
+def fetcher(dataset, device=None, collate_fn=None):
     """Function from indices to their batch: `fetch` for many batches of one `dataset`, whose structure is looked at once.
 
-    It takes valid indices only, int64 [B] on the CPU."""
+    It takes valid indices only, int64 [B] on the CPU. Its `plain` tells whether rows are taken from tensors or arrays, without running any code of the data set."""
+    batch = _fetcher(dataset, device, collate_fn)
+    batch.plain = collate_fn is None and _columns(dataset) is not None
+    return batch
+
+def _fetcher(dataset, device, collate_fn):
     device = None if device is None else torch.device(device)
     def place(v): return v.to(device) if device is not None and isinstance(v, torch.Tensor) else v
-    if type(dataset) is Subset:
+    if type(dataset) is Subset and collate_fn is None:
         inner, numbers = fetcher(dataset.dataset, device), torch.as_tensor(dataset.indices)
         return lambda idx: inner(numbers[idx])
-    columns = _columns(dataset)
-    if columns is None: return lambda idx: _tree(place, _rows(dataset, idx.tolist()))
+    columns = _columns(dataset) if collate_fn is None else None
+    if columns is None: return lambda idx: _tree(place, _rows(dataset, idx.tolist(), collate_fn))
     if type(columns) is tuple and all(isinstance(v, torch.Tensor) and device in (None, v.device) for v in columns):
         return lambda idx: tuple([v[idx] for v in columns])                            # the usual case, without detours
     # an array is indexed before it becomes a tensor: of a memory map, only these rows are read
     def take(v, idx): return v[idx] if isinstance(v, torch.Tensor) else torch.as_tensor(v[idx.numpy()])
     return lambda idx: _tree(lambda v: place(take(v, idx)), columns)
 
-def fetch(dataset, idx, device=None):
+def fetch(dataset, idx, device=None, collate_fn=None):
     """Batch of the samples `idx` (1-D, integers) of any map-style `dataset`, in that order, on `device` if given.
 
     Tensors, arrays, tuples and dicts of them, `TensorDataset` and `Samples` are indexed as a whole and keep their
-    structure; rows of other sources are collated by `default_collate`. Draws no random numbers of its own.
+    structure; rows of other sources are collated by `default_collate`, or all by your `collate_fn`. Draws no random numbers of its own.
     Raises `IndexError` outside 0..n-1, `TypeError` for rows that don't make a batch, and what `n_samples` raises."""
-    return fetcher(dataset, device)(_indices(idx, n_samples(dataset)))
+    return fetcher(dataset, device, collate_fn)(_indices(idx, n_samples(dataset)))
 
-# %% ../nbs/00_data.ipynb #49b22cf0
-def sample_indices(idx, n):
-    """Indices [k] int64 on the CPU of distinct samples out of `n`, from a list, array, tensor, range or a single one.
+# %% ../nbs/00_data.ipynb #c2422fce
+def sample_indices(idx, n, distinct=True):
+    """Indices [k] int64 on the CPU of samples out of `n`, `distinct` ones, from a list, array, tensor, range or a single one.
 
     Raises `ValueError` for none, for masks and for repetitions, `IndexError` outside 0..n-1."""
     idx = torch.as_tensor(list(idx) if isinstance(idx, range) else idx)
     if idx.ndim > 1 or not idx.numel() or idx.is_floating_point() or idx.dtype == torch.bool:
         raise ValueError(f"give a non-empty list of sample indices, not {idx.dtype} of shape {list(idx.shape)}; mask.nonzero()[:, 0] turns a mask into indices")
     idx = _indices(idx, n)
-    if len(set(idx.tolist())) < len(idx): raise ValueError("a sample is repeated: draw batches without replacement, name each removed sample once, or give copies indices of their own")
+    if distinct and len(set(idx.tolist())) < len(idx): raise ValueError("a sample is repeated: name each sample once")
     return idx
 
 # %% ../nbs/00_data.ipynb #6585f4fc

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Windows', 'consecutive', 'Influence', 'boundaries', 'asked', 'influence', 'shown', 'progress_bar']
 
-# %% ../nbs/06_estimator.ipynb #1363b434
+# %% ../nbs/06_estimator.ipynb #ba34cb91
 import os
 import warnings
 from dataclasses import dataclass, field, replace
@@ -17,10 +17,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .queries import Query, as_queries
-from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, untouched
+from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, twice_differentiable, untouched
 from .trajectory import check_arrival, named_step
+from .updates import SCALARS
 
-# %% ../nbs/06_estimator.ipynb #95656e4d
+# %% ../nbs/06_estimator.ipynb #60a033ba
 @dataclass(repr=False)
 class Windows:
     "Values at boundaries, and how windows are read from them; the arithmetic of `Influence`, whose fields these are."
@@ -39,6 +40,7 @@ class Windows:
     groups: list | None = None
     uses: pd.DataFrame | None = None
     notes: dict = field(default_factory=dict)
+    length: int | None = None
 
     def step(self, t):
         "Return the step of a boundary given as step or mark's name; 0 and `'start'` are the beginning, None the last boundary."
@@ -48,7 +50,7 @@ class Windows:
         return t
 
     def window(self, t1=0, t2=None):
-        "Return the influence `[n]` on the window from boundary `t1` to boundary `t2` (steps or marks' names)."
+        "Return the influence `[n]` (per token `[n, L]`) on the window from boundary `t1` to boundary `t2` (steps or marks' names)."
         t1, t2 = self.step(t1), self.step(t2)
         if t1 >= t2: raise ValueError(f"the window [{t1}, {t2}] is empty or runs backwards: give t1 < t2")
         k, i = np.searchsorted(self.times, t2), np.searchsorted(self.times, t1)
@@ -69,12 +71,13 @@ class Windows:
     @property
     def columns(self):
         "Where each sample (or set) stands: `{sample: column}`."
-        return {int(j): c for c, j in enumerate(self.samples)}
+        return {j: c for c, j in enumerate(map(int, self.samples) if self.samples.ndim == 1 else map(tuple, self.samples.tolist()))}
 
     def select(self, columns):
         "Return the result for some of its columns (positions or a mask), in that order."
         columns = np.arange(len(self.samples))[columns]
-        return replace(self, values=self.values[..., columns], samples=self.samples[columns], uses=None,
+        values = self.values[..., columns] if self.length is None else self.values[..., columns, :]
+        return replace(self, values=values, samples=self.samples[columns], uses=None,
                        groups=None if self.groups is None else [self.groups[c] for c in columns])
 
 def consecutive(times):
@@ -86,7 +89,7 @@ def _short(times):
     t = [str(int(x)) for x in times]
     return ", ".join(t if len(t) <= 6 else [*t[:3], "...", *t[-2:]])
 
-# %% ../nbs/06_estimator.ipynb #0d5b7e21
+# %% ../nbs/06_estimator.ipynb #d52b55f0
 @dataclass(repr=False)
 class Influence(Windows):
     """The effect on a query of removing each sample, at every boundary of a run.
@@ -97,7 +100,8 @@ class Influence(Windows):
     - `times` `[K]`: the boundaries, in steps; `marks`: `{name: step}`
     - `values` for `removal="always"` `[K, n]`: cumulative effect at each boundary; for `removal="window"` `[K, K, n]`:
       `values[k, i]` is the effect at `times[k]` of removal from the updates of `[([0] + times)[i], times[k]]` only (zero for `i > k`)
-    - `samples` `[n]`: the sample that each column is about; `groups`: sets of samples instead, where sets were removed
+    - `samples` `[n]`: the sample that each column is about (of single removed tokens `[n, 2]`: sample and place); `groups`: sets of samples instead, where sets were removed
+    - `length`: the number of tokens `L` of a result per token, whose `values` have `L` as a last dimension; `per_sample()` sums over it
     - `baseline` `[K]`: the query of the recorded run at each boundary
     - `method`: `"first order"` or `"exact"`; `dtype`: of the computation; `path`, `steps`: the run's folder and length"""
     @property
@@ -116,6 +120,7 @@ class Influence(Windows):
         `y`, `influence`, `effect`.
 
         For queries that have a better direction the effect is `helpful` or `harmful`, otherwise what removal does."""
+        if self.length is not None: return self._top_tokens(k, t1, t2)
         v, (up, down) = self.window(t1, t2), self.effects
         order = np.argsort(v, kind="stable")
         picks = {up: [c for c in order[::-1][:k] if v[c] > 0], down: [c for c in order[:k] if v[c] < 0]}
@@ -125,21 +130,34 @@ class Influence(Windows):
         if labels is not None and self.groups is None: frame.insert(1, "label", torch.as_tensor(labels).cpu().numpy()[frame["sample"]])
         return frame
 
+    def _top_tokens(self, k, t1, t2):
+        flat = replace(self, values=self.values.reshape(*self.values.shape[:-2], -1), samples=np.arange(len(self.samples) * self.length), length=None, run=None)
+        frame = flat.top(k, t1, t2)
+        frame.insert(1, "token", frame["sample"] % self.length)
+        frame["sample"] = self.samples[frame["sample"] // self.length]
+        return frame
+
+    def per_sample(self):
+        "Return a result per token as one per sample, the sum over its tokens; any other as it is."
+        return self if self.length is None else replace(self, values=self.values.sum(-1), length=None)
+
     def frame(self):
         "Return the cumulative effects as a frame: one row per sample, one column per boundary (`removal='always'` only)."
         if self.removal == "window": raise ValueError("removal='window' has a value for every pair of boundaries: use window(t1, t2)")
+        if self.length is not None: raise ValueError("a result per token has no frame: use per_sample().frame(), or values")
         return pd.DataFrame(self.values.T, index=pd.Index(self.samples, name="sample"), columns=pd.Index(self.times, name="step"))
 
     def __repr__(self):
         removed = {"always": "from every update", "window": "only from the updates inside the window"}[self.removal]
-        what = f"{len(self.samples)} {'samples' if self.groups is None else 'groups'}"
+        unit = "group" if self.groups is not None else "sample" if self.length is None and self.samples.ndim == 1 else "token"
+        what = f"{len(self.samples)} samples of {self.length} tokens" if self.length else f"{len(self.samples)} {unit}s"
         return (f"Influence of {what} on {self.query.name} ({self.method})\n"
-                f"  positive: removal raises the query; in the query's unit, per {'sample' if self.groups is None else 'group'}, batch divisor unchanged\n"
+                f"  positive: removal raises the query; in the query's unit, per {unit}, batch divisor unchanged\n"
                 f"  removal:  {self.removal!r}, {removed}\n"
                 f"  times:    {len(self.times)} boundaries, {_short(self.times)}\n"
                 f"  computed: {self.dtype}, from the run in {self.path}")
 
-# %% ../nbs/06_estimator.ipynb #9bdda823
+# %% ../nbs/06_estimator.ipynb #709d17b1
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -156,21 +174,22 @@ def asked(run, query, at, removal):
     if removal not in ("always", "window"): raise ValueError(f"removal must be 'always' or 'window', not {removal!r}")
     return queries, several, boundaries(run, at)
 
-def influence(run, query, at=None, removal="always", per_step=False, pullback="auto", memory=2**30, progress=True):
+def influence(run, query, at=None, removal="always", per_step=False, per_token=False, pullback="auto", memory=2**30, progress=True):
     """Return the first-order influence of every sample on a query, at every boundary, as `Influence`; for a list of
     queries a list, from the same sweep.
 
     `at`: boundaries (steps or marks; None: every mark). `removal`: `"always"` or `"window"`. `per_step` also keeps what each
-    single use of a sample contributed (`uses`, a frame). `pullback`: see `PullBack`; its batched form takes about `memory`
+    single use of a sample contributed (`uses`, a frame). `per_token` gives each token of a sample an influence of its own (their sum is the sample's), for runs recorded with
+    `per_token`. `pullback`: see `PullBack`; its batched form takes about `memory`
     bytes. Cost: about one double backward per step, plus one pull-back for every further boundary that is still ahead.
 
     Raises ValueError for boundaries outside the run and queries that are not scalar, RuntimeError when model, loss or data
     are not those of the recording. Source: Xu and Wu 2025, arXiv 2502.10793, with the query's gradient at each boundary's own state."""
     queries, several, times = asked(run, query, at, removal)
-    sweep = _Sweep(run, queries, times, removal, per_step, PullBack(pullback), memory)
-    def back(_):
-        for t in progress_bar(range(int(times[-1]) - 1, -1, -1), "sweep", progress): sweep.step(t)
-    with untouched(run.model), torch.enable_grad(): call_with(run.model, {**run.constants, **sweep.at}, back)
+    if per_token and (run.length is None or per_step): raise ValueError("per_token needs a run that was recorded with per_token=True, and no per_step")
+    sweep = _Results(run, queries, times, removal, per_step, per_token, PullBack(pullback), memory)
+    with untouched(run.model), torch.enable_grad(), twice_differentiable(run.model) as moved:
+        call_with(run.model, {**run.constants, **sweep.counts, **sweep.at}, lambda _: sweep.back(moved, progress))
     results = sweep.results()
     return results if several else results[0]
 
@@ -183,65 +202,144 @@ def progress_bar(steps=None, desc="", progress=True, **kw):
     "Return `tqdm` over `steps`, silent unless `progress`."
     return tqdm(steps, desc=desc, unit="step", delay=.5, leave=False, disable=not shown(progress), **kw)
 
-# %% ../nbs/06_estimator.ipynb #24a7dc28
-class _Sweep:
-    def __init__(self, run, queries, times, removal, per_step, pull, memory):
-        self.run, self.queries, self.times, self.removal, self.pull, self.memory = run, queries, times, removal, pull, memory
-        K, n, Q = len(times), run.n_samples, len(queries)
-        shape = (K * Q, n) if removal == "always" else (K * Q, K, n)
-        self.A = torch.zeros(shape, dtype=torch.float64, device=run.device)
-        self.joins, self.baseline, self.adjoint, self.m = {int(t): k for k, t in enumerate(times)}, np.zeros((Q, K)), None, 0
-        self.names = list(run.meta["params"])
-        self.uses, self.at, self.settings = [] if per_step else None, leaves(run.state(int(times[-1])).params), None
+# %% ../nbs/06_estimator.ipynb #acda47bc
+class _Adjoints:
+    "The live boundaries' adjoints, and a model that is pointed from state to state"
+    def __init__(self, run, queries, times):
+        self.run, self.queries, self.times = run, queries, times
+        self.joins, self.baseline, self.adjoint, self.m = {int(t): k for k, t in enumerate(times)}, np.zeros((len(queries), len(times))), None, 0
+        state, self.statistics = run.state(int(times[-1])), run.statistics
+        self.at, self.counts = leaves(run.moving(state)), {k: v.clone() for k, v in run.still(state).items() if k in run.meta["buffers"]}
+        self.names = list(self.at)
 
-    def step(self, t):
-        if t + 1 in self.joins: self.join(t + 1)
-        run, idx, settings = self.run, self.run.batch(t).to(self.run.device), self.run.trajectory.settings(t)
-        if settings is not self.settings:
-            set_modes(run.model, settings["training"])
-            self.settings = settings
-        checked = self.names[t % len(self.names)]
-        after = self.at[checked].data
-        if self.pull.rows is None: self._limit(t)
-        g = run.batch_gradient(t, self.at)
-        self.check_update(t, g, settings, checked, after)
-        direction, direct = run.rule.pull_back(self.adjoint, settings)
-        products, Hu = self.pull(g, direction)
-        products = products.double()
-        A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
-        A.index_add_(1, idx, products, alpha=-1)
-        if self.uses is not None: self.uses.append((t, idx.cpu().numpy(), -products.cpu().numpy()))
-        self.adjoint = {k: v.add_(Hu[k]) for k, v in direct.items()}
-
-    def check_update(self, t, g, settings, k, after):
-        "The recorded update is the rule's: checked on one parameter tensor a step, in turn, since all would cost a pass over the parameters"
-        before = {k: self.at[k].data}
-        stepped, _ = self.run.rule.step(before, {}, {k: g.G[k].detach()}, settings)
-        check_arrival(before, stepped, {k: after}, t + 1)
+    def point(self, tensors):
+        "The model's tensors are those of a state: its leaves are pointed there"
+        for k, v in tensors.items():
+            if k in self.at: self.at[k].data = v
+            elif k in self.counts: self.counts[k].copy_(v)
 
     def join(self, t):
         "Every query's gradient at its boundary's own state becomes a new row of the adjoint"
         state, rows = self.run.state(t), []
+        at, slots = self.run.moving(state), {k: v for k, v in state.slots.items() if v.ndim or k.rpartition(".")[2] not in SCALARS}
         for i, q in enumerate(self.queries):
-            value, g = query_gradient(self.run.model, q, state.params, state.buffers)
+            value, g = query_gradient(self.run.model, q, at, self.run.still(state))
             self.baseline[i, self.joins[t]] = float(value)
             if g is None: warnings.warn(f"{q.name} does not depend on the parameters at step {t}: its influences are zero", stacklevel=4)
-            rows.append(g or {k: torch.zeros_like(v) for k, v in state.params.items()})
-        new = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+            rows.append(g or {k: torch.zeros_like(v) for k, v in at.items()})
+        new = {k: torch.stack([r[k] for r in rows]) for k in rows[0]} | {k: v.new_zeros(len(rows), *v.shape) for k, v in slots.items()}
         self.adjoint = new if self.adjoint is None else {k: torch.cat([v, new[k]]) for k, v in self.adjoint.items()}
         self.m += len(rows)
 
-    def _limit(self, t):
+# %% ../nbs/06_estimator.ipynb #c04f4f8d
+class _Steps(_Adjoints):
+    "Gradients of the recorded steps, and the check that each update is the rule's"
+    moved, rough = None, 0.                       # what a forward pass makes of running statistics; the largest share of parameters at which Adam is not smooth
+
+    def gradients(self, t, state, parts, settings):
+        """`(graphs, G, stops)`: the gradient of the step's batch with its graph; of several micro-batches without, since one graph at a time is all that memory need hold. `stops` are
+        the running statistics before each micro-batch, and after the last."""
+        if len(parts) == 1:
+            graph = self.run.part_gradient(t, parts[0], self.at, self.moved)
+            return [graph], {k: g.detach() for k, g in graph.G.items()}, [{}, {k: v.detach() for k, v in self.moved.items()}]
+        G, stops = None, [{k: state.buffers[k] for k in self.run.meta["buffers"]}]             # running statistics and their counts
+        for part in parts:
+            graph = self.run.part_gradient(t, part, self.at, self.moved)
+            G = {k: g.detach() if G is None else G[k] + g.detach() for k, g in graph.G.items()}
+            stops.append({**stops[-1], **{k: v.detach() for k, v in self.moved.items()}})
+            self.point(stops[-1])
+        return [None] * len(parts), G, stops
+
+    def check_update(self, t, state, G, statistics, settings, after):
+        "The recorded update is the rule's: checked on one tensor a step, in turn, since all would cost a pass over the parameters"
+        if t % max(1, int(self.times[-1]) // 16) == 0: self.rough = max(self.rough, self.run.rule.near_eps(state.slots, settings))
+        k, recorded = after
+        try:
+            if k in state.params: self._arrived(t, [k], state, G, settings, {k: recorded})
+            elif k in statistics: check_arrival({k: state.buffers[k]}, {k: statistics[k]}, {k: recorded}, t + 1)
+        except RuntimeError:                      # a tensor that moved by rounding alone, such as a bias before BatchNorm, is measured by the whole state
+            whole = self.run.state(t + 1)
+            if k in state.params: self._arrived(t, list(state.params), state, G, settings, whole.params)
+            else: check_arrival(*({k: d[k] for k in self.statistics if k in statistics} for d in (state.buffers, statistics, whole.buffers)), t + 1)
+
+    def _arrived(self, t, names, state, G, settings, recorded):
+        slots = {f"{k}.{s}": state.slots[f"{k}.{s}"] for k in names for s in self.run.rule.slot_names_of(k, settings)} if state.slots else {}
+        before = {k: state.params[k] for k in names}
+        check_arrival(before, self.run.rule.step(before, slots, G, settings)[0], recorded, t + 1)
+
+# %% ../nbs/06_estimator.ipynb #d87f490e
+class _Sweep(_Steps):
+    "The sweep itself, from the last boundary to step 0"
+    def __init__(self, run, queries, times, removal, per_step, per_token, pull, memory):
+        super().__init__(run, queries, times)
+        self.removal, self.pull, self.memory = removal, pull, memory
+        K, n, Q = len(times), run.n_samples, len(queries)
+        tokens = (run.length,) if per_token else ()
+        shape = (K * Q, n, *tokens) if removal == "always" else (K * Q, K, n, *tokens)
+        self.A = torch.zeros(shape, dtype=torch.float64, device=run.device)
+        self.uses, self.per_token, self.settings = [] if per_step else None, per_token, None
+
+    def back(self, moved, progress):
+        "The whole sweep, with the model set up once; `moved` collects running statistics"
+        self.moved = moved
+        for t in progress_bar(range(int(self.times[-1]) - 1, -1, -1), "sweep", progress): self.step(t)
+
+    def step(self, t):
+        if t + 1 in self.joins: self.join(t + 1)
+        run, settings, parts = self.run, self.run.trajectory.settings(t), self.run.trajectory.parts(t)
+        if settings is not self.settings:
+            set_modes(run.model, settings["training"])
+            self.settings = settings
+        checked, state = self.names[t % len(self.names)], run.state(t)
+        after = checked, self.at[checked].data
+        self.point(run.moving(state))
+        for k, v in self.counts.items(): v.copy_(state.buffers[k])
+        if self.m > 1 and self.pull.rows is None: self.limit(t, parts[0])
+        graphs, G, stops = self.gradients(t, state, parts, settings)
+        self.check_update(t, state, G, stops[-1], settings, after)
+        adjoint = {k: v for k, v in self.adjoint.items() if k not in self.statistics} if self.statistics else self.adjoint
+        direction, direct = run.rule.pull_back(adjoint, state.params, state.slots, G, settings)
+        for i in reversed(range(len(parts))):
+            if graphs[i] is None:
+                self.point(stops[i])
+                graphs[i] = run.part_gradient(t, parts[i], self.at, self.moved)
+            self.pull_part(t, parts[i], graphs[i], direction, direct)
+            graphs[i] = None
+        self.adjoint.update(direct)
+
+    def pull_part(self, t, part, graph, direction, direct):
+        "Pull the directions, and the running statistics' adjoints, back through one batch"
+        statistics = {k: self.adjoint[k] for k in self.statistics}
+        products, back = self.pull(graph, {**direction, **statistics} if statistics else direction)
+        self.add(t, part.idx, products.double())
+        for k, v in back.items():
+            if k in direct: direct[k].add_(v)
+            else: self.adjoint[k] = v if k in graph.moved else statistics[k] + v        # what did not move goes on as it is
+
+    def add(self, t, idx, products):
+        if products.ndim > 2 and not self.per_token: products = products.sum(2)
+        A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
+        A.index_add_(1, idx.to(self.run.device), products, alpha=-1)
+        if self.uses is not None: self.uses.append((t, idx.numpy(), -products.cpu().numpy()))
+
+    def limit(self, t, part):
         "How many directions one batched backward may take: each keeps about what the graph keeps"
-        size = saved_bytes(lambda: self.run.batch_gradient(t, self.at))
+        size = saved_bytes(lambda: self.run.part_gradient(t, part, self.at, self.moved))
         self.pull.rows = max(1, int(self.memory // max(size, 1)))
 
+# %% ../nbs/06_estimator.ipynb #779b83a4
+class _Results(_Sweep):
+    "What a finished sweep knows, as `Influence`"
     def results(self):
+        if self.rough > .01:
+            warnings.warn(f"{self.run.rule.name} is not smooth at {self.rough:.0%} of the parameters in some step: the root of their second moment is below 10 eps, so that any change of their gradient "
+                          "is divided by next to nothing; compare with leave_one_out, or train with a larger eps", stacklevel=3)
         Q, K = len(self.queries), len(self.times)
         A = self.A.view(K, Q, *self.A.shape[1:]).flip(0).cpu().numpy()                  # rows joined last boundary first
-        if self.removal == "window": A = A[..., ::-1, :].cumsum(-2)[..., ::-1, :]        # from a segment's contributions to "from here on"
+        if self.removal == "window": A = A[:, :, ::-1].cumsum(2)[:, :, ::-1]             # from a segment's contributions to "from here on"
+        notes = {"pullback": self.pull.choices or self.pull.how, "near_eps": self.rough}
         return [Influence.of(self.run, q, np.ascontiguousarray(A[:, i]), self.times, np.arange(self.run.n_samples), self.baseline[i], self.removal,
-                             "first order", uses=self._uses_of(i), notes={"pullback": self.pull.choices or self.pull.how})
+                             "first order", uses=self._uses_of(i), notes=notes, length=self.run.length if self.per_token else None)
                 for i, q in enumerate(self.queries)]
 
     def _uses_of(self, i):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dit_nb
 from dit_nb import (Influence, Recorder, compare, influence, leave_one_out, loss_query, margin_query, open_run, remove,
@@ -105,9 +105,10 @@ def unchanged(world, call):
 # Bad input
 
 class Noise(Dataset):
-    "Other values at each reading"
+    "Other values at each reading, from a generator of its own"
+    own = torch.Generator()
     def __len__(self): return 12
-    def __getitem__(self, i): return torch.randn(4, dtype=torch.float64), 0
+    def __getitem__(self, i): return torch.randn(4, dtype=torch.float64, generator=self.own), 0
 
 
 class Stream(IterableDataset):
@@ -115,9 +116,22 @@ class Stream(IterableDataset):
     def __iter__(self): return iter(())
 
 
-class Functional(nn.Linear):
-    "Dropout that no module shows"
-    def forward(self, x): return super().forward(F.dropout(x, training=self.training))
+class Restless(nn.Linear):
+    "A layer that puts another tensor in a buffer's place"
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+class Shrinking(nn.Linear):
+    "A layer that changes its own weight"
+    def forward(self, x):
+        with torch.no_grad(): self.weight.mul_(1.)
+        return super().forward(x)
 
 
 def counting(m, b):
@@ -128,16 +142,8 @@ def counting(m, b):
 def poisoned(m, b): return cross_entropy(m, b) / torch.tensor([1., 0, 1])
 
 
-def noisy(m, b): return cross_entropy(m, (F.dropout(b[0]), b[1]))
-
-
-def in_training(k):
-    "A step with a module in training mode."
-    def call(w):
-        w.live[k].train()
-        try: w.step()
-        finally: w.live[k].eval()
-    return call
+def autocasting(m, b):
+    with torch.autocast("cpu"): return cross_entropy(m, b)
 
 
 def under_autocast(w):
@@ -161,11 +167,33 @@ def all_frozen():
     return {"model": model, "optimizer": (sgd(model), model.requires_grad_(False))[0]}
 
 
-def dropping(k):
-    "A network with module `k` in training mode."
-    net = network()
-    net[k].train()
-    return net
+def holding(*modules): return nn.Sequential(*modules, network())
+
+
+def compiled():
+    model = network()
+    return {"model": torch.compile(model), "optimizer": sgd(model)}
+
+
+def watching(w, loader=None, change=lambda model: None, **kw):
+    "One step of a watched loop on `loader`, which does something else besides."
+    with torch.random.fork_rng(devices=[]):                                     # a DataLoader draws a seed
+        rec = w.record(model := network(), o := sgd(model))
+        for x, y in rec.watch(loader or DataLoader(w.data, batch_size=4), **kw):
+            o.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            change(model)
+            o.step()
+
+
+def unseen(w):
+    rec = w.record(model := network(), o := sgd(model))
+    rec.watch()
+    cross_entropy(model, w.data[:4]).mean().backward()
+    o.step()
+
+
+def half(model): model[0].weight.grad.mul_(.5)
 
 
 def built(kind, *args, **kw):
@@ -218,35 +246,49 @@ REFUSED = {
     "non-finite losses": (ValueError, r"samples \[4\] are not finite: lower the learning rate", lambda w: w.step(loss=poisoned)),
     "index too large": (IndexError, r"0 \.\. 11", lambda w: w.step([3, 12])),
     "negative index": (IndexError, r"0 \.\. 11", lambda w: w.step([-1, 3])),
-    "repeated index": (ValueError, "without replacement", lambda w: w.step([3, 4, 3])),
     "mask for indices": (ValueError, "nonzero", lambda w: w.step(torch.ones(12) > 0)),
     "real-valued indices": (ValueError, "sample indices", lambda w: w.step([3., 4.])),
     "empty batch": (ValueError, "non-empty", lambda w: w.step([])),
-    "BatchNorm turned to training": (NotImplementedError, r"m\.eval\(\)", in_training(1)),
-    "dropout turned to training": (NotImplementedError, r"m\.eval\(\)", in_training(3)),
-    "dropout inside loss_fn": (NotImplementedError, "deterministic", lambda w: w.step(loss=noisy)),
-    "statistics inside loss_fn": (NotImplementedError, "only the optimizer may change", lambda w: w.step(loss=counting)),
+    "statistics inside loss_fn": (NotImplementedError, "only the optimizer, and BatchNorm", lambda w: w.step(loss=counting)),
     "autocast": (NotImplementedError, "full precision", under_autocast),
+    "autocast inside loss_fn": (NotImplementedError, "full precision", lambda w: w.step(loss=autocasting)),
+    "one loss per token": (ValueError, "per_token=True", lambda w: w.step(loss=lambda m, b: m(b[0]))),
+    "batch of a loop that is not watched": (RuntimeError, r"call rec\.watch\(\) first", lambda w: w.rec.fetch([3])),
     "momentum turned on": (NotImplementedError, "momentum", with_momentum),
     "layer unfrozen": (NotImplementedError, "new Recorder", unfrozen),
     "step after the end": (RuntimeError, "new Recorder", lambda w: (w.rec.finish(), w.step())),
     "mark twice": (ValueError, "own name", lambda w: (w.rec.mark("a"), w.rec.mark("a"))),
     # a recording
-    "momentum": (NotImplementedError, "use torch.optim.SGD without", lambda w: w.record(m := network(), sgd(m, momentum=.9))),
-    "maximize": (NotImplementedError, "use torch.optim.SGD without", lambda w: w.record(m := network(), sgd(m, maximize=True))),
-    "AdamW": (NotImplementedError, "supported: plain torch.optim.SGD", lambda w: w.record(m := network(), torch.optim.AdamW(trained(m)))),
+    **{kind: (NotImplementedError, "train with one of torch.optim's SGD", lambda w, kind=kind: w.record(m := network(), getattr(torch.optim, kind)(trained(m))))
+       for kind in ("LBFGS", "Rprop", "SparseAdam", "Adafactor")},
+    "optimizer of another package": (NotImplementedError, "comes from", lambda w: w.record(m := network(), type("Mine", (torch.optim.SGD,), {})(trained(m)))),
+    "differentiable optimizer": (NotImplementedError, "leave it out", lambda w: w.record(m := network(), torch.optim.Adam(trained(m), differentiable=True))),
+    "two kinds of clipping": (ValueError, "not both", lambda w: w.record(clip_norm=1., clip_value=1.)),
+    "losses of samples per token": (ValueError, "one loss per token", lambda w: w.record(per_token=True)),
     "optimizer of another model": (ValueError, r"model\.parameters\(\)", lambda w: w.record(optimizer=sgd(network()))),
     "nothing to train": (ValueError, "frozen", lambda w: w.record(**all_frozen())),
-    "BatchNorm in training mode": (NotImplementedError, "GroupNorm", lambda w: w.record(dropping(1))),
-    "dropout in training mode": (NotImplementedError, "rate to 0", lambda w: w.record(dropping(3))),
-    "dropout inside attention": (NotImplementedError, "rate to 0", lambda w: w.record(built(nn.MultiheadAttention, 4, 2, dropout=.1))),
-    "dropout inside an LSTM": (NotImplementedError, "rate to 0", lambda w: w.record(built(nn.LSTM, 4, 2, 2, dropout=.1))),
-    "dropout without a module": (NotImplementedError, "deterministic", lambda w: w.record(built(Functional, 4, 3, dtype=torch.float64)).step([0])),
+    "half precision": (NotImplementedError, "float32 or float64", lambda w: w.record(network(dtype=torch.bfloat16))),
+    "compiled model": (NotImplementedError, "not torch.compile", lambda w: w.record(**compiled())),
+    "compiled module": (NotImplementedError, "not torch.compile", lambda w: w.record(holding(torch.compile(built(nn.Linear, 4, 4))))),
+    "model split over devices": (NotImplementedError, r"its \.module", lambda w: w.record(holding(nn.DataParallel(built(nn.Linear, 4, 4))))),
+    "sparse embedding": (NotImplementedError, "sparse=False", lambda w: w.record(holding(built(nn.Embedding, 4, 4, sparse=True)))),
+    "embedding with a largest norm": (NotImplementedError, "max_norm=None", lambda w: w.record(holding(built(nn.Embedding, 4, 4, max_norm=1.)))),
+    "statistics over devices": (NotImplementedError, "BatchNorm1d", lambda w: w.record(holding(nn.SyncBatchNorm(4)))),
+    "statistics of InstanceNorm": (NotImplementedError, "track_running_stats=False", lambda w: w.record(holding(nn.InstanceNorm1d(4, track_running_stats=True)))),
+    "buffer that is replaced": (NotImplementedError, "evaluation mode", lambda w: w.record(built(Restless, 4, 3, dtype=torch.float64)).step([0])),
+    "weight that changes itself": (NotImplementedError, "evaluation mode", lambda w: w.record(built(Shrinking, 4, 3, dtype=torch.float64)).step([0])),
+    # a watched loop
+    "watched: another data set": (ValueError, "same object", lambda w: watching(w, DataLoader(samples(), batch_size=4))),
+    "watched: no batches": (ValueError, "batch_size=None", lambda w: watching(w, DataLoader(w.data, batch_size=None))),
+    "watched: own collate_fn": (ValueError, "collate_fn to the Recorder", lambda w: watching(w, DataLoader(w.data, batch_size=4, collate_fn=lambda rows: rows))),
+    "watched: another gradient": (ValueError, "must be what the loop minimises", lambda w: watching(w, change=half)),
+    "watched: accumulation not told": (ValueError, "accumulate", lambda w: watching(w, accumulate=2)),
+    "watched: step without a batch": (RuntimeError, "without a batch", unseen),
     "path that holds a run": (FileExistsError, "overwrite=True", lambda w: w.record(path=w.path)),
     "path of a file": (FileExistsError, "folder", lambda w: w.record(path=w.path / "run.sqlite")),
     "every=0": (ValueError, "at least 1", lambda w: w.record(every=0)),
     "data set without numbers": (TypeError, r"list\(dataset\)", lambda w: w.record(data=Stream())),
-    "data set of noise": (ValueError, "make it deterministic", lambda w: w.record(data=Noise())),
+    "data set of noise": (ValueError, "global generators", lambda w: w.record(data=Noise())),
     # opening a run
     "no run": (FileNotFoundError, "check the path", lambda w: w.open(path=w.folder / "nowhere")),
     "model of another shape": (ValueError, "build it as for the recording", lambda w: w.open(network(4))),
@@ -308,7 +350,7 @@ def test_bad_input_is_refused_with_a_remedy(world, row):
         world.rec.step([6, 7])
     run = world.rec.finish()
     assert run.verify() == 0 and open_run(run.path, network(), cross_entropy, world.data).steps == run.steps
-    assert not any((world.folder / "new").glob("*")) or row == "dropout without a module"
+    assert not any((world.folder / "new").glob("*")) or row in ("buffer that is replaced", "weight that changes itself") or row.startswith("watched")
 
 
 def test_parameters_changed_between_steps_are_refused(world):
@@ -355,7 +397,7 @@ CALLS = {
     "remove": lambda w, run, q: remove(run, q, [[0, 1], [5]], removal="window").values,
     "verify": lambda w, run, q: verify(Influence(**{**vars(w.infl), "run": run, "query": dit_nb.Query(q, "q")}), 3).to_numpy(),
     "Run.state": lambda w, run, q: run.state(5).params["0.weight"],
-    "Run.replay": lambda w, run, q: [p["0.weight"] for _, p in run.replay()][-1],
+    "Run.replay": lambda w, run, q: [s.params["0.weight"] for _, s in run.replay()][-1],
     "Run.verify": lambda w, run, q: run.verify(),
     "Run.batch_gradient": lambda w, run, q: run.batch_gradient(3).losses,
 }
