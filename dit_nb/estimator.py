@@ -157,7 +157,7 @@ class Influence(Windows):
                 f"  times:    {len(self.times)} boundaries, {_short(self.times)}\n"
                 f"  computed: {self.dtype}, from the run in {self.path}")
 
-# %% ../nbs/06_estimator.ipynb #709d17b1
+# %% ../nbs/06_estimator.ipynb #3b7947e8
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -184,7 +184,7 @@ def influence(run, query, at=None, removal="always", per_step=False, per_token=F
     bytes. Cost: about one double backward per step, plus one pull-back for every further boundary that is still ahead.
 
     Raises ValueError for boundaries outside the run and queries that are not scalar, RuntimeError when model, loss or data
-    are not those of the recording. Source: Xu and Wu 2025, arXiv 2502.10793, with the query's gradient at each boundary's own state."""
+    are not those of the recording, FloatingPointError for results that are not finite. Source: Xu and Wu 2025, arXiv 2502.10793, with the query's gradient at each boundary's own state."""
     queries, several, times = asked(run, query, at, removal)
     if per_token and (run.length is None or per_step): raise ValueError("per_token needs a run that was recorded with per_token=True, and no per_step")
     sweep = _Results(run, queries, times, removal, per_step, per_token, PullBack(pullback), memory)
@@ -327,7 +327,7 @@ class _Sweep(_Steps):
         size = saved_bytes(lambda: self.run.part_gradient(t, part, self.at, self.moved))
         self.pull.rows = max(1, int(self.memory // max(size, 1)))
 
-# %% ../nbs/06_estimator.ipynb #779b83a4
+# %% ../nbs/06_estimator.ipynb #437c251f
 class _Results(_Sweep):
     "What a finished sweep knows, as `Influence`"
     def results(self):
@@ -335,6 +335,10 @@ class _Results(_Sweep):
             warnings.warn(f"{self.run.rule.name} is not smooth at {self.rough:.0%} of the parameters in some step: the root of their second moment is below 10 eps, so that any change of their gradient "
                           "is divided by next to nothing; compare with leave_one_out, or train with a larger eps", stacklevel=3)
         Q, K = len(self.queries), len(self.times)
+        if not self.A.isfinite().all():
+            names = ", ".join(q.name for i, q in enumerate(self.queries) if not self.A[i::Q].isfinite().all())
+            raise FloatingPointError(f"the influence on {names} is not finite: either the query's gradient is not, or the training enlarges small changes beyond what numbers can hold; "
+                                     "look at the query, ask for earlier boundaries, or record in float64 with a smaller learning rate")
         A = self.A.view(K, Q, *self.A.shape[1:]).flip(0).cpu().numpy()                  # rows joined last boundary first
         if self.removal == "window": A = A[:, :, ::-1].cumsum(2)[:, :, ::-1]             # from a segment's contributions to "from here on"
         notes = {"pullback": self.pull.choices or self.pull.how, "near_eps": self.rough}

@@ -117,7 +117,7 @@ def _called(infl, dataset, j, words=0):
     head = f"sample {j}" + (f" ({name})" if name is not None else "")
     return head if not (words and texts) else f"{head}: {textwrap.shorten(texts[j], words, placeholder=' …')}"
 
-# %% ../nbs/11_plots.ipynb #b864102f
+# %% ../nbs/11_plots.ipynb #a010df97
 def _columns(infl, samples):
     "Return `{sample: column}` of the chosen samples; ValueError for those that the result lacks"
     have, samples = infl.columns, [int(j) for j in np.atleast_1d(np.asarray(samples))]
@@ -157,7 +157,8 @@ def plot_influence(infl, samples, ax=None, truth=None):
     x: steps, with the marks' names along the top; y: by how much removal raises the query, in its own unit. `truth`, an exact
     `Influence`, is drawn dashed, with circles at its boundaries, for those of the samples that it has. For `removal="window"`, whose
     values don't accumulate, there is one level per segment between boundaries: the effect, at its end, of removal inside it only.
-    A line has the colour (one of three tones) of the sample's effect at the end."""
+    A line has the colour (one of three tones) of the sample's effect at the end. Results per token are summed over a sample's tokens, here and in the other pictures."""
+    infl = infl.per_sample()
     chosen, exact = _columns(infl, samples), {}
     if truth is not None:
         _alike(infl, truth)
@@ -184,7 +185,7 @@ def _directions(ax, infl):
     for name, y, arrow in zip(infl.effects, (.98, .02), "↑↓"):
         ax.text(.015, y, f"{arrow} {name}", transform=ax.transAxes, va="top" if y > .5 else "bottom", color=COLORS[name], fontsize=8)
 
-# %% ../nbs/11_plots.ipynb #4dc43b38
+# %% ../nbs/11_plots.ipynb #26264f4d
 def _correlation(r): return "undefined" if np.isnan(r) else "> 0.999" if .9995 <= r < 1 else f"{r:.3f}".replace("-", "−")
 
 @plot_style()
@@ -206,7 +207,7 @@ def plot_agreement(infl, true, t1=0, t2=None, ax=None):
                rasterized=len(x) > 200, zorder=2)
     ax.text(.04, .97, f"Pearson {_correlation(row.pearson)}\nSpearman {_correlation(row.spearman)}\nrel. error {row.relative_error:.2g}",
             transform=ax.transAxes, va="top", fontsize=8, bbox=dict(fc=ax.get_facecolor(), ec="none", alpha=.7, pad=1))
-    ax.set(xlim=ends, ylim=ends, aspect="equal", title=(name := infl.name(t1, t2)) + (", " if len(name) < 14 else ",\n") + f"{len(x)} {'samples' if true.groups is None else 'sets'}",
+    ax.set(xlim=ends, ylim=ends, aspect="equal", title=(name := infl.name(t1, t2)) + (", " if len(name) < 14 else ",\n") + f"{len(x)} {'sets' if true.groups is not None else 'samples' if true.samples.ndim == 1 else 'tokens'}",
            xlabel=_raises(infl, e, true.method, 32), ylabel=infl.method + _factor(e))
     ax.locator_params(nbins=5)
     for axis in (ax.xaxis, ax.yaxis): _ticks(axis, e)
@@ -260,7 +261,7 @@ def _bars(infl, dataset, top, title, ax):
     _ticks(ax.xaxis, e)
     ax.legend() if names else ax.text(.5, .5, "no sample has any influence", transform=ax.transAxes, ha="center")
 
-# %% ../nbs/11_plots.ipynb #f08388a4
+# %% ../nbs/11_plots.ipynb #8000b671
 def _pictured(infl, dataset):
     "Return the data set (default: the run's) and whether its samples can be shown as images; ValueError where it is another one"
     dataset = getattr(infl.run, "dataset", None) if dataset is None else dataset
@@ -291,6 +292,7 @@ def plot_samples(infl, dataset=None, t1=0, t2=None, k=8, axes=None):
     have `removal raises` and `removal lowers` instead. Influence: by how much removal raises the query, in its own unit.
     Without `axes` there are no more columns than samples. Raises ValueError for another number of axes and for another data set."""
     if k < 1: raise ValueError(f"k={k}: show at least one sample of either sign")
+    infl = infl.per_sample()
     (dataset, images), top, title = _pictured(infl, dataset), infl.top(k, t1, t2), infl.name(t1, t2)
     own, m = axes is None, k if axes is not None else max(1, *(len(rows) for _, rows in _rows(infl, top)))
     if not own: axes = _grid(axes, k, images)
@@ -301,15 +303,17 @@ def plot_samples(infl, dataset=None, t1=0, t2=None, k=8, axes=None):
     if own: _settle(axes.flat[0].figure)
     return axes[:, :m] if images else axes
 
-# %% ../nbs/11_plots.ipynb #5441b467
+# %% ../nbs/11_plots.ipynb #836fc116
 def _loss_curve(ax, run, infl, width=None):
     "Draw the training curve, and the query's where `infl` is given; return the lines to be named in the legend"
     raw, w = run.losses(), width or max(1, run.steps // 25) | 1
+    if np.isnan(raw).all(): w = run.steps                            # a watched training, whose losses were not recorded
     mean = np.convolve(raw, np.ones(w), "same") / np.convolve(np.ones(run.steps), np.ones(w), "same") if 1 < w < run.steps else None
-    named = ax.plot(raw, color="0.8" if mean is not None else _GREY, lw=.8, label="training loss")
+    named = [] if np.isnan(raw).all() else ax.plot(raw, color="0.8" if mean is not None else _GREY, lw=.8, label="training loss")
     if mean is not None: named += ax.plot(mean, color="0.4", lw=1.6, label=f"its mean over {w} steps")
     ax.set(xlabel="step", ylabel="loss", xlim=(0, run.steps * 1.01), ylim=(0 if raw.min() >= 0 else None, None))
     if infl is not None: named += _baseline(ax, infl)
+    if np.isnan(raw).all() and infl is not None and infl.query.better == "lower": ax.set_ylim(0, 1.1 * max(infl.baseline))
     _mark_names(ax, run.marks)
     return named
 

@@ -179,11 +179,11 @@ def functional_statistics(model):
     finally:
         for m in layers.values(): vars(m).pop("forward", None)
 
-# %% ../nbs/01_sensitivity.ipynb #7ece121a
+# %% ../nbs/01_sensitivity.ipynb #89c85b09
 SWITCHES = {                                                         # torch's, and how a sweep needs them
     "flash attention":     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
     "efficient attention": (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
-    "cuDNN attention":     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
+    "cuDNN attention":     (*(getattr(torch.backends.cuda, k, lambda *_: False) for k in ("cudnn_sdp_enabled", "enable_cudnn_sdp")), False),       # newer torch has it
     "plain attention":     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True),
     "fused encoder":       (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
     "cuDNN":               (lambda: torch.backends.cudnn.enabled, lambda on: torch._C._set_cudnn_enabled(on), False)}

@@ -186,6 +186,25 @@ def watching(w, loader=None, change=lambda model: None, **kw):
             o.step()
 
 
+class Once(torch.autograd.Function):
+    "The square, whose derivative can't be differentiated"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g * 2 * ctx.saved_tensors[0]
+
+
+def one_step(w, loss_fn):
+    "The first step of a new recording, with this loss."
+    rec = w.record()
+    rec.loss_fn = loss_fn
+    rec.step([0, 1, 2])
+
+
 def unseen(w):
     rec = w.record(model := network(), o := sgd(model))
     rec.watch()
@@ -263,6 +282,8 @@ REFUSED = {
        for kind in ("LBFGS", "Rprop", "SparseAdam", "Adafactor")},
     "optimizer of another package": (NotImplementedError, "comes from", lambda w: w.record(m := network(), type("Mine", (torch.optim.SGD,), {})(trained(m)))),
     "differentiable optimizer": (NotImplementedError, "leave it out", lambda w: w.record(m := network(), torch.optim.Adam(trained(m), differentiable=True))),
+    "compiled loss": (NotImplementedError, "plain form", lambda w: one_step(w, torch.compile(cross_entropy, backend="aot_eager"))),
+    "autograd function without a second derivative": (NotImplementedError, "plain form", lambda w: one_step(w, lambda m, b: Once.apply(cross_entropy(m, b)))),
     "two kinds of clipping": (ValueError, "not both", lambda w: w.record(clip_norm=1., clip_value=1.)),
     "losses of samples per token": (ValueError, "one loss per token", lambda w: w.record(per_token=True)),
     "optimizer of another model": (ValueError, r"model\.parameters\(\)", lambda w: w.record(optimizer=sgd(network()))),
@@ -350,7 +371,7 @@ def test_bad_input_is_refused_with_a_remedy(world, row):
         world.rec.step([6, 7])
     run = world.rec.finish()
     assert run.verify() == 0 and open_run(run.path, network(), cross_entropy, world.data).steps == run.steps
-    assert not any((world.folder / "new").glob("*")) or row in ("buffer that is replaced", "weight that changes itself") or row.startswith("watched")
+    assert not any((world.folder / "new").glob("*")) or row in ("buffer that is replaced", "weight that changes itself", "compiled loss", "autograd function without a second derivative") or row.startswith("watched")
 
 
 def test_parameters_changed_between_steps_are_refused(world):
