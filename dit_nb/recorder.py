@@ -78,12 +78,12 @@ class Constants:
         for k in self.changed(): self.tensors[k].copy_(self.copies[k])
         self.versions = versions(self.tensors)
 
-# %% ../nbs/04_recorder.ipynb #d9f65c52
+# %% ../nbs/04_recorder.ipynb #4000566c
 def try_twice(model, loss_fn, data, n, tensors, names, length=None, which=()):
     """Raise NotImplementedError if the gradient of the losses on a batch of `n` samples can't be differentiated again, and warn if what autograd gives is not its derivative.
 
     `tensors` are the model's, `names` those of the trained ones; the random states `which` are the same in each evaluation."""
-    states, g = random_states(which), torch.Generator().manual_seed(0)
+    states, g, buffers = random_states(which), torch.Generator().manual_seed(0), [k for k, _ in model.named_buffers()]
     def like(v): return torch.randn(v.shape, generator=g, dtype=torch.float64).to(v) * (v.abs().mean() + 1e-3)
     def gradient(tensors, data, u=None):
         at = leaves({k: tensors[k] for k in names})
@@ -91,12 +91,13 @@ def try_twice(model, loss_fn, data, n, tensors, names, length=None, which=()):
             set_random_states(states)
             graph = BatchGradient(check_losses(loss_fn(m, data), n, length), at)
             return graph.G, None if u is None else graph.pull_back({k: v[None] for k, v in u.items()}, keep=False)
-        with twice_differentiable(model), torch.enable_grad(): return call_with(model, {**{k: v.clone() for k, v in tensors.items()}, **at}, differentiate)
+        with twice_differentiable(model), torch.enable_grad(): return call_with(model, {**tensors, **{k: tensors[k].clone() for k in buffers}, **at}, differentiate)
     u = {k: like(tensors[k]) for k in names}
     try: G, (products, _) = gradient(tensors, data, u)
     except RuntimeError as e: raise NotImplementedError(f"{_NOT_TWICE} ({str(e).splitlines()[0]}): {_PLAIN}") from e
     if abs(products.sum() - sum((u[k] * v.detach()).sum() for k, v in G.items())) > 1e-2 * products.abs().sum() + 1e-2 * sum((u[k] * v.detach()).abs().sum() for k, v in G.items()) / n:
         raise NotImplementedError(f"{_NOT_TWICE} (what autograd gives does not add up): {_PLAIN}")
+    if sum(v.numel() for v in tensors.values()) > 2**26: return                       # in float64 beside the model itself, too much memory to ask for
     off = _off(gradient, *(tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, d) for d in (tensors, data, u)), like)
     if off > .05:
         warnings.warn(f"the second derivative that autograd gives is not that of the gradient: along a random direction it is off by {off:.0%}. Something on the way is detached, or written on in place; "
