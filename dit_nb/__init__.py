@@ -16,8 +16,8 @@ from dit_nb.recorder import Recorder
 from dit_nb.sensitivity import supervised
 from dit_nb.trajectory import Run, State, open_run
 
-__all__ = ["Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder", "adult", "breast_cancer", "compare", "corrupt_labels",
-           "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
+__all__ = ["Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder", "adult", "breast_cancer",
+           "compare", "corrupt_labels", "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
            "input_gradient_query", "leave_one_out", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
            "parameter_query", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",
            "remove", "restore_labels", "supervised", "verify"]

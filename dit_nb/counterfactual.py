@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'removed', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #743c7ae1
+# %% ../nbs/07_counterfactual.ipynb #ea3c61d3
 import warnings
 
 import numpy as np
@@ -16,11 +16,11 @@ from torch.func import grad, vmap
 
 from .data import sample_indices
 from .estimator import Influence, asked, consecutive, progress_bar, shown
-from .sensitivity import call_with, in_modes, leaves, query_gradient, query_value, saved_bytes, timed, twice_differentiable, untouched
+from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient, query_value, saved_bytes, timed, twice_differentiable, untouched
 from .trajectory import tolerance
-from .updates import SCALARS
+from .updates import carried
 
-# %% ../nbs/07_counterfactual.ipynb #904ce469
+# %% ../nbs/07_counterfactual.ipynb #ed49cef3
 class _Stack:
     "Many runs as one: stacked state, and a step's gradients at it"
     def __init__(self, run, moved): self.run, self.moved, self.statistics = run, moved, run.statistics
@@ -29,8 +29,7 @@ class _Stack:
 
     def stacked(self, state, m):
         "What differs between `m` runs that part from `state`, `{name: [m, *shape]}`: parameters, running statistics, slots"
-        moving = {**state.params, **{k: state.buffers[k] for k in self.statistics}, **{k: v for k, v in state.slots.items() if k.rpartition(".")[2] not in SCALARS}}
-        return {k: v.expand(m, *v.shape) for k, v in moving.items()}
+        return {k: v.expand(m, *v.shape) for k, v in {**self.run.moving(state), **carried(state.slots)}.items()}
 
     def gradients(self, t, part, stack, w, passed):
         """Return the gradients `{name: [m, *shape]}` of a `Part` of step `t` at stacked tensors, with weights `w` `[m, B]` or `[m, B, L]`, and the running
@@ -41,7 +40,7 @@ class _Stack:
         counts = {k: v + passed for k, v in still.items() if k in run.meta["buffers"] and k.endswith("num_batches_tracked")}
         def loss(params, buffers, w):
             moved.clear()
-            losses = call_with(run.model, {**still, **counts, **buffers, **params}, lambda m: run.part_losses(part, data, m))
+            losses = call_with(run.model, {**still, **counts, **buffers, **params}, lambda _: run.part_losses(part, data))
             return (w.to(run.dtype) * losses).sum() / part.divisor, {k: moved.get(k, buffers[k]) for k in buffers}
         with in_modes(run.model, run.trajectory.settings(t)["training"]): grads, buffers = vmap(grad(loss, has_aux=True), randomness="same")(params, buffers, w)
         moved.clear()
@@ -52,7 +51,7 @@ class _Stack:
         run, part, state = self.run, self.run.trajectory.parts(0)[0], self.run.state(0)
         with in_modes(run.model, run.trajectory.settings(0)["training"]):
             at = leaves(run.moving(state))
-            kept = saved_bytes(lambda: call_with(run.model, {**run.still(state), **at}, lambda m: run.part_losses(part, run.fetch(part), m)))
+            kept = saved_bytes(lambda: call_with(run.model, {**run.still(state), **at}, lambda _: run.part_losses(part, run.fetch(part))))
         size = lambda d: sum(v.numel() * v.element_size() for v in d.values())
         return max(1, int(memory // (2 * kept + 6 * size(state.params) + 3 * size(state.slots))))
 
@@ -79,7 +78,7 @@ class _Feasible(_Stack):
         why = "" if not part.random else ": torch draws the random numbers of a batch of runs in another order"
         return None if gap <= tolerance(run.dtype) * scale else f"its vectorised gradients differ by {gap:.1g} from plain ones{why}"
 
-# %% ../nbs/07_counterfactual.ipynb #c67e69c2
+# %% ../nbs/07_counterfactual.ipynb #a617c610
 class Retraining(_Feasible):
     """Repeats a recorded run without some of its samples, many runs at once.
 
@@ -106,13 +105,14 @@ class Retraining(_Feasible):
                 grads, buffers = self.gradients(t, part, stack, keep[:, part.idx], i)
                 total = grads if total is None else {k: total[k] + g for k, g in grads.items()}
                 stack = {**stack, **buffers}
-            params, slots = ({k: stack.get(k, v) for k, v in d.items()} for d in (run.state(t).params, run.state(t).slots))     # scalar slots are those of the record
+            state = run.state(t)
+            params, slots = ({k: stack.get(k, v) for k, v in d.items()} for d in (state.params, state.slots))     # scalar slots are those of the record
             params, slots = run.rule.step(params, slots, total, run.trajectory.settings(t), stacked=True)
             stack = {**stack, **params, **{k: v for k, v in slots.items() if k in stack}}
 
     def looped_states(self, keep, start, times):
         "The same, one run after the other: plain retraining."
-        paths = [{t: {**s.params, **{k: s.buffers[k] for k in self.statistics}} for t, s in self.run.replay(start, max(times), weights=None if row.all() else row) if t in times} for row in keep]
+        paths = [{t: self.run.moving(s) for t, s in self.run.replay(start, max(times), weights=None if row.all() else row) if t in times} for row in keep]
         for t in sorted(t for t in times if t >= start):
             self.check(t, paths[0][t])
             yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
@@ -121,8 +121,7 @@ class Retraining(_Feasible):
         """The run that keeps everything must arrive where the recorded one did. If it does not, either the record is not what its rule, model and data give,
         which is an error, or rounding itself is amplified, which is a warning about the truth."""
         recorded = self.run.state(t).params
-        def length(f): return sum(float(torch.linalg.vector_norm(f(k, v), dtype=torch.float64)) ** 2 for k, v in recorded.items()) ** .5
-        drift = length(lambda k, v: repeated[k] - v) / max(length(lambda k, v: v), torch.finfo(self.run.dtype).tiny)
+        drift = euclidean(repeated[k] - v for k, v in recorded.items()) / max(euclidean(recorded.values()), torch.finfo(self.run.dtype).tiny)
         if drift <= 100 * torch.finfo(self.run.dtype).eps: return
         if not self.verified:
             self.run.verify(None)

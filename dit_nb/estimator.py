@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Windows', 'consecutive', 'Influence', 'boundaries', 'asked', 'influence', 'shown', 'progress_bar']
 
-# %% ../nbs/06_estimator.ipynb #ba34cb91
+# %% ../nbs/06_estimator.ipynb #7163348d
 import os
 import warnings
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .queries import Query, as_queries
 from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, twice_differentiable, untouched
 from .trajectory import check_arrival, named_step
-from .updates import SCALARS
+from .updates import carried
 
 # %% ../nbs/06_estimator.ipynb #60a033ba
 @dataclass(repr=False)
@@ -202,7 +202,7 @@ def progress_bar(steps=None, desc="", progress=True, **kw):
     "Return `tqdm` over `steps`, silent unless `progress`."
     return tqdm(steps, desc=desc, unit="step", delay=.5, leave=False, disable=not shown(progress), **kw)
 
-# %% ../nbs/06_estimator.ipynb #acda47bc
+# %% ../nbs/06_estimator.ipynb #a000aa19
 class _Adjoints:
     "The live boundaries' adjoints, and a model that is pointed from state to state"
     def __init__(self, run, queries, times):
@@ -221,7 +221,7 @@ class _Adjoints:
     def join(self, t):
         "Every query's gradient at its boundary's own state becomes a new row of the adjoint"
         state, rows = self.run.state(t), []
-        at, slots = self.run.moving(state), {k: v for k, v in state.slots.items() if v.ndim or k.rpartition(".")[2] not in SCALARS}
+        at, slots = self.run.moving(state), carried(state.slots)
         for i, q in enumerate(self.queries):
             value, g = query_gradient(self.run.model, q, at, self.run.still(state))
             self.baseline[i, self.joins[t]] = float(value)

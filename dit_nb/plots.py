@@ -303,17 +303,18 @@ def plot_samples(infl, dataset=None, t1=0, t2=None, k=8, axes=None):
     if own: _settle(axes.flat[0].figure)
     return axes[:, :m] if images else axes
 
-# %% ../nbs/11_plots.ipynb #836fc116
+# %% ../nbs/11_plots.ipynb #589afdb9
 def _loss_curve(ax, run, infl, width=None):
     "Draw the training curve, and the query's where `infl` is given; return the lines to be named in the legend"
     raw, w = run.losses(), width or max(1, run.steps // 25) | 1
-    if np.isnan(raw).all(): w = run.steps                            # a watched training, whose losses were not recorded
+    unknown = np.isnan(raw).all()                                    # of a watched training
+    if unknown: w = run.steps
     mean = np.convolve(raw, np.ones(w), "same") / np.convolve(np.ones(run.steps), np.ones(w), "same") if 1 < w < run.steps else None
-    named = [] if np.isnan(raw).all() else ax.plot(raw, color="0.8" if mean is not None else _GREY, lw=.8, label="training loss")
+    named = [] if unknown else ax.plot(raw, color="0.8" if mean is not None else _GREY, lw=.8, label="training loss")
     if mean is not None: named += ax.plot(mean, color="0.4", lw=1.6, label=f"its mean over {w} steps")
     ax.set(xlabel="step", ylabel="loss", xlim=(0, run.steps * 1.01), ylim=(0 if raw.min() >= 0 else None, None))
     if infl is not None: named += _baseline(ax, infl)
-    if np.isnan(raw).all() and infl is not None and infl.query.better == "lower": ax.set_ylim(0, 1.1 * max(infl.baseline))
+    if unknown and infl is not None and infl.query.better == "lower": ax.set_ylim(0, 1.1 * max(infl.baseline))
     _mark_names(ax, run.marks)
     return named
 

@@ -6,7 +6,7 @@
 __all__ = ['refuse_modules', 'refuse_precision', 'refuse_autocast', 'versions', 'owners', 'Constants', 'try_twice', 'Recording',
            'StepRecorder', 'NotingSampler', 'noting', 'WatchedLoader', 'Watch', 'Recorder']
 
-# %% ../nbs/04_recorder.ipynb #e4c56018
+# %% ../nbs/04_recorder.ipynb #f45f049a
 import copy
 import tempfile
 import warnings
@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map
 
 from .data import fetcher, n_samples, sample_indices
-from .sensitivity import (BatchGradient, call_with, check_losses, drawn, generators, leaves, moving_buffers, random_states,
+from .sensitivity import (BatchGradient, call_with, check_losses, drawn, euclidean, generators, leaves, moving_buffers, random_states,
                                 set_modes, set_random_states, training_modules, twice_differentiable, untouched)
-from .trajectory import Part, State, TrajectoryWriter, describe_tensors, fingerprint, open_run, tolerance
+from .trajectory import Part, State, TrajectoryWriter, describe_tensors, fingerprint, open_run, probes, tolerance
 from .updates import clip_gradients, update_rule
 
 # %% ../nbs/04_recorder.ipynb #be2a2249
@@ -78,7 +78,7 @@ class Constants:
         for k in self.changed(): self.tensors[k].copy_(self.copies[k])
         self.versions = versions(self.tensors)
 
-# %% ../nbs/04_recorder.ipynb #4000566c
+# %% ../nbs/04_recorder.ipynb #6a3d13f0
 def try_twice(model, loss_fn, data, n, tensors, names, length=None, which=()):
     """Raise NotImplementedError if the gradient of the losses on a batch of `n` samples can't be differentiated again, and warn if what autograd gives is not its derivative.
 
@@ -106,12 +106,11 @@ def try_twice(model, loss_fn, data, n, tensors, names, length=None, which=()):
 def _off(gradient, tensors, data, u, like):
     "How far `H u` is from a central difference, relative to the larger; 0 where the model does not compute in float64"
     beside = {**tensors, **{k: tensors[k] + 1e-3 * like(tensors[k]) for k in u}}
-    def length(d): return sum(float(v.square().sum()) for v in d.values()) ** .5
     def off(h):
         up, down = ({k: v.detach() for k, v in gradient({**beside, **{k: beside[k] + s * v for k, v in u.items()}}, data)[0].items()} for s in (h, -h))
         fd = {k: (up[k] - down[k]) / (2 * h) for k in u}
-        size = max(length(fd), length(Hu))
-        return length({k: Hu[k] - fd[k] for k in u}) / size if size > 1e-6 * length(up) else 0.
+        size = max(euclidean(fd.values()), euclidean(Hu.values()))
+        return euclidean(Hu[k] - fd[k] for k in u) / size if size > 1e-6 * euclidean(up.values()) else 0.
     try:
         Hu = {k: v[0] for k, v in gradient(beside, data, u)[1][1].items()}
         return err if (err := off(1e-7)) < .05 else min(err, off(1e-4))         # a small step stays off kinks, a large one bears layers that compute in float32
@@ -356,7 +355,7 @@ class WatchedLoader:
             yield batch
         self.watch.end_epoch()
 
-# %% ../nbs/04_recorder.ipynb #aa91ccbd
+# %% ../nbs/04_recorder.ipynb #69af0581
 class _Follower:
     "The hooks, and the batches that have come since the last step"
     def __init__(self, rec, accumulate=1):
@@ -385,7 +384,7 @@ class _Follower:
         rec = self.rec
         with untouched(rec.model):
             before = random_states(rec._generators)
-            rec._fetch(torch.linspace(0, rec.n - 1, 8).long().unique())
+            rec._fetch(probes(rec.n))
             return bool(drawn(before, random_states(rec._generators)))
 
     def take(self, idx=None, data=None):
