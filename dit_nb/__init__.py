@@ -8,16 +8,17 @@ from dit_nb.callbacks import LightningRecorder, TrainerRecorder
 from dit_nb.counterfactual import compare, leave_one_out, remove, verify
 from dit_nb.data import (Samples, adult, breast_cancer, corrupt_labels, digits, emnist, fashion_mnist, fetch, idx_images,
                          mnist, newsgroups, restore_labels)
-from dit_nb.estimator import Influence, influence
+from dit_nb.estimator import influence, plan_influence
 from dit_nb.plots import plot_agreement, plot_influence, plot_samples, plot_summary, plot_window
 from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
                             prediction_query)
-from dit_nb.recorder import Recorder
+from dit_nb.recorder import Recorder, plan_recording
+from dit_nb.results import Influence, load_influence
 from dit_nb.sensitivity import supervised
-from dit_nb.trajectory import Run, State, open_run
+from dit_nb.trajectory import Run, State, check_run, open_run
 
 __all__ = ["Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder", "adult", "breast_cancer",
-           "compare", "corrupt_labels", "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
-           "input_gradient_query", "leave_one_out", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
-           "parameter_query", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",
+           "check_run", "compare", "corrupt_labels", "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
+           "input_gradient_query", "leave_one_out", "load_influence", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
+           "parameter_query", "plan_influence", "plan_recording", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",
            "remove", "restore_labels", "supervised", "verify"]

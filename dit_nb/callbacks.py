@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'with_base', 'CallbackRecording', 'CallbackRecorder', 'refuse_lightning', 'LightningWatch', 'LightningLoader',
            'LightningRecorder', 'refuse_trainer', 'TrainerWatch', 'TrainerRecorder']
 
-# %% ../nbs/14_callbacks.ipynb #f2a7df42
+# %% ../nbs/14_callbacks.ipynb #fbcf55f3
 import copy
 import sys
 import weakref
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from .recorder import Recorder, Watch, noting
 from .sensitivity import generators, random_states
-from .trajectory import Part
+from .store import Part
 
 # %% ../nbs/14_callbacks.ipynb #e4b8af7f
 @cache

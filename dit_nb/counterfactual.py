@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'removed', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #ea3c61d3
+# %% ../nbs/07_counterfactual.ipynb #722a7fc1
 import warnings
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from torch.func import grad, vmap
 
 from .data import sample_indices
-from .estimator import Influence, asked, consecutive, progress_bar, shown
+from .distributed import Ranks
+from .estimator import asked, progress_bar, shown
+from .results import Influence, consecutive
 from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient, query_value, saved_bytes, timed, twice_differentiable, untouched
 from .trajectory import tolerance
 from .updates import carried
@@ -78,15 +80,16 @@ class _Feasible(_Stack):
         why = "" if not part.random else ": torch draws the random numbers of a batch of runs in another order"
         return None if gap <= tolerance(run.dtype) * scale else f"its vectorised gradients differ by {gap:.1g} from plain ones{why}"
 
-# %% ../nbs/07_counterfactual.ipynb #a617c610
+# %% ../nbs/07_counterfactual.ipynb #fce5e5ef
 class Retraining(_Feasible):
     """Repeats a recorded run without some of its samples, many runs at once.
 
     `method` is `"vmap"`, `"loop"`, or `"auto"`: vmap unless the model can't do it, with a warning that gives the reason. Used within
-    `twice_differentiable`, whose `moved` it takes."""
-    def __init__(self, run, moved, method="auto"):
+    `twice_differentiable`, whose `moved` it takes. `ranks` are the processes that train other runs at the same time."""
+    def __init__(self, run, moved, method="auto", ranks=Ranks(False)):
         if method not in ("auto", "vmap", "loop"): raise ValueError(f"method must be 'auto', 'vmap' or 'loop', not {method!r}")
         super().__init__(run, moved)
+        self.ranks = ranks
         if method != "loop" and (why := self.vmap_fails()):
             if method == "vmap": raise RuntimeError(f"vmap can't train this model: {why}; use method='loop'")
             warnings.warn(f"exact removal runs one retraining after the other: vmap can't train this model ({why})", stacklevel=4)
@@ -95,7 +98,7 @@ class Retraining(_Feasible):
     def states(self, keep, start, times):
         "Yield `(t, stack)` at the boundaries `times` for runs that part from the recorded one at step `start`."
         run, stack = self.run, self.stacked(self.run.state(start), len(keep))
-        for t in range(start, max(times) + 1):
+        for t in self.ranks.alert(range(start, max(times) + 1)):
             if t in times:
                 self.check(t, {k: v[0] for k, v in stack.items()})
                 yield t, stack
@@ -112,7 +115,8 @@ class Retraining(_Feasible):
 
     def looped_states(self, keep, start, times):
         "The same, one run after the other: plain retraining."
-        paths = [{t: self.run.moving(s) for t, s in self.run.replay(start, max(times), weights=None if row.all() else row) if t in times} for row in keep]
+        replays = (self.run.replay(start, max(times), weights=None if row.all() else row) for row in keep)
+        paths = [{t: self.run.moving(s) for t, s in self.ranks.alert(replay) if t in times} for replay in replays]
         for t in sorted(t for t in times if t >= start):
             self.check(t, paths[0][t])
             yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
@@ -142,21 +146,27 @@ class Retraining(_Feasible):
             except Exception: self._looped_queries.add(query)                  # an error of the query's own is raised below
         return torch.stack([query_gradient(run.model, query, {k: v[i] for k, v in stack.items()}, still)[0] for i in range(len(next(iter(stack.values()))))])
 
-# %% ../nbs/07_counterfactual.ipynb #350920c2
-def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True):
+# %% ../nbs/07_counterfactual.ipynb #b6f146c8
+def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True, process_group=None):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices, or of `(sample, token)` pairs in runs recorded
     with `per_token`), as `Influence` whose columns are the groups; for a list of queries a list.
 
     `at`, `removal` and the sign are those of `influence`; `method` that of `Retraining`. Runs are trained in chunks of about
-    `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised."""
-    queries, several, times = asked(run, query, at, removal)
-    groups = [removed(g, run) for g in groups]
-    if not groups: raise ValueError("no samples given to remove")
-    with untouched(run.model), twice_differentiable(run.model) as moved:
-        states = [run.state(int(t)) for t in times]
-        baseline = np.array([[float(query_gradient(run.model, q, run.moving(s), run.still(s))[0]) for s in states] for q in queries])
-        re = Retraining(run, moved, method)
-        values = _effects(re, queries, groups, times, [0] if removal == "always" else [0, *map(int, times[:-1])], memory, progress)
+    `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised.
+
+    In several processes, those of `torch.distributed` or of its `process_group` (False: this one alone), all make the same call, each trains some of the runs, and all get the same, whole result."""
+    ranks = Ranks(process_group)
+    with ranks.together():
+        queries, several, times = asked(run, query, at, removal)
+        groups = [removed(g, run) for g in groups]
+        if not groups: raise ValueError("no samples given to remove")
+        ranks.agree(data=run.meta["fingerprint"], steps=run.steps, queries=[q.name for q in queries], times=times.tolist(), removal=removal, groups=[g.tolist() for g in groups])
+        with untouched(run.model), twice_differentiable(run.model) as moved:
+            states = [run.state(int(t)) for t in times]
+            baseline = np.array([[float(query_gradient(run.model, q, run.moving(s), run.still(s))[0]) for s in states] for q in queries])
+            re = Retraining(run, moved, method, ranks)
+            values = _effects(re, queries, groups, times, [0] if removal == "always" else [0, *map(int, times[:-1])], memory, progress and ranks.first)
+        values = ranks.sum({"values": torch.from_numpy(values)})["values"].numpy()
     results = [Influence.of(run, q, v[:, 0] if removal == "always" else v, times, np.arange(len(groups)), base, removal, "exact", groups=groups,
                             notes={"method": re.method}) for q, v, base in zip(queries, values, baseline)]
     return results if several else results[0]
@@ -172,9 +182,10 @@ def removed(group, run):
     return pairs.numpy()
 
 def _effects(re, queries, groups, times, starts, memory, progress):
-    "`[queries, K, starts, groups]`: the change of each query at each boundary when a group is missing from a start on"
-    run, values = re.run, np.zeros((len(queries), len(times), len(starts), len(groups)))
-    jobs = _jobs(run, groups, times, starts, re.chunk(memory))
+    "`[queries, K, starts, groups]`: the change of each query at each boundary when a group is missing from a start on; zero where it is another rank's job"
+    run, values, ranks = re.run, np.zeros((len(queries), len(times), len(starts), len(groups))), re.ranks
+    jobs = _jobs(run, groups, times, starts, min(ranks.gather(re.chunk(memory))), ranks.size)
+    jobs = [jobs[i] for i in ranks.share([(1 + len(columns)) * (int(times[-1]) - first) for _, columns, first in jobs])]
     if shown(progress): _announce(re, jobs, int(times[-1]))
     with progress_bar(None, "exact removal", progress, total=sum(int(times[-1]) - first for *_, first in jobs)) as bar:
         for s, columns, first in jobs:
@@ -193,14 +204,15 @@ def leave_one_out(run, query, samples=None, **kw):
     """Return the exact effect on a query of removing each of `samples` (default: every sample), as `Influence`; arguments of `remove`.
 
     `samples` may be `(sample, token)` pairs `[k, 2]`, for runs recorded with `per_token`."""
-    single = torch.as_tensor(range(run.n_samples) if samples is None else samples).ndim < 2
-    samples = sample_indices(range(run.n_samples) if samples is None else samples, run.n_samples).numpy() if single else removed(samples, run)
+    with Ranks(kw.get("process_group")).together():
+        single = torch.as_tensor(range(run.n_samples) if samples is None else samples).ndim < 2
+        samples = sample_indices(range(run.n_samples) if samples is None else samples, run.n_samples).numpy() if single else removed(samples, run)
     results = remove(run, query, samples[:, None], **kw)
     for r in results if isinstance(results, list) else [results]: r.samples, r.groups = samples, None
     return results
 
-# %% ../nbs/07_counterfactual.ipynb #561ce428
-def _jobs(run, groups, times, starts, size):
+# %% ../nbs/07_counterfactual.ipynb #b3fd1951
+def _jobs(run, groups, times, starts, size, ranks=1):
     "`[(start's number, columns, first step)]`: what to train together, leaving out groups that are never used again"
     jobs, last = [], int(times[-1])
     for s, start in enumerate(starts):
@@ -208,7 +220,9 @@ def _jobs(run, groups, times, starts, size):
         for t in range(last - 1, start - 1, -1): first[run.batch(t).numpy()] = t
         begin = np.array([first[g if g.ndim == 1 else g[:, 0]].min() for g in groups])
         used = [c for c in np.argsort(begin, kind="stable") if begin[c] < last]
-        jobs += [(s, used[i:i + size], int(begin[used[i]])) for i in range(0, len(used), size)]
+        n = -(-len(used) // (size * ranks)) * ranks                      # chunks: as many for each rank, none larger than memory allows
+        each = -(-len(used) // max(n, 1)) or 1
+        jobs += [(s, used[i:i + each], int(begin[used[i]])) for i in range(0, len(used), each)]
     return jobs
 
 def _announce(re, jobs, last):
@@ -221,9 +235,10 @@ def _announce(re, jobs, last):
     once, _ = timed(one, stack)
     steps = sum((1 + len(c)) * (last - f) for _, c, f in jobs) / m
     if (seconds := once * steps) > 2:
-        print(f"exact removal: {sum(len(c) for _, c, _ in jobs)} retrainings, {'vectorised' if re.method == 'vmap' else 'one by one'}, about {seconds:.0f} s")
+        shared = f" in each of {re.ranks.size} processes" if re.ranks.size > 1 else ""
+        print(f"exact removal: {sum(len(c) for _, c, _ in jobs)} retrainings{shared}, {'vectorised' if re.method == 'vmap' else 'one by one'}, about {seconds:.0f} s")
 
-# %% ../nbs/07_counterfactual.ipynb #47e53a93
+# %% ../nbs/07_counterfactual.ipynb #28c6e6b3
 def compare(infl, true, windows=None):
     """Return a frame with one row per window: number of samples, Pearson, Spearman and Kendall correlation, and relative error
     `|estimate - truth| / |truth|`, over the samples (or groups, whose estimates are summed) of `true`.
@@ -259,6 +274,7 @@ def aligned(infl, true, t1=0, t2=None):
 def verify(infl, k=10, t1=0, t2=None, **kw):
     """Return a frame of the `k` samples of strongest influence in a window, whatever their sign: `sample`, `estimate`, `exact`, and
     `relative_error` of each estimate. Runs `leave_one_out` on them; `kw` goes there."""
+    if infl.run is None: raise ValueError("this result was loaded without its run: load_influence(path, run), and set infl.query to the query")
     infl, t1, t2 = infl.per_sample(), infl.step(t1), infl.step(t2)
     v = infl.window(t1, t2)
     columns = np.argsort(-np.abs(v), kind="stable")[:k]

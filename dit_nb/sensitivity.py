@@ -98,13 +98,14 @@ def in_modes(model, training=()):
     finally:
         for m, training in was: m.training = training
 
-# %% ../nbs/01_sensitivity.ipynb #b523d672
+# %% ../nbs/01_sensitivity.ipynb #30b2bc42
 def _numpy_state():
     s = np.random.get_state(legacy=False)
     return struct.pack("<iid", s["state"]["pos"], s["has_gauss"], s["gauss"]) + s["state"]["key"].tobytes()
 
 def _set_numpy_state(state):
     pos, has_gauss, gauss = struct.unpack_from("<iid", state)
+    if not 0 <= pos <= 624: raise ValueError(f"the place {pos} is outside its 624 words")            # numpy does not look
     np.random.set_state({"bit_generator": "MT19937", "state": {"key": np.frombuffer(state[16:], np.uint32), "pos": pos}, "has_gauss": has_gauss, "gauss": gauss})
 
 def _python_state():
@@ -128,8 +129,10 @@ def random_states(which):
     return {k: GENERATORS[k][0]() for k in which}
 
 def set_random_states(states):
-    "Put generators back into the given states."
-    for k, s in states.items(): GENERATORS[k][1](s)
+    "Put generators back into the given states; ValueError for bytes that are none."
+    for k, s in states.items():
+        try: GENERATORS[k][1](s)
+        except (KeyError, TypeError, ValueError, RuntimeError, struct.error) as e: raise ValueError(f"these {len(s)} bytes are no state of the random generator {k!r}: {e}") from e
 
 def drawn(before, after):
     "Return the states `before` of those generators that have moved since."
@@ -251,7 +254,7 @@ class BatchGradient:
         products, *back = pulled[0] if batched else (torch.stack(r) if len(r) > 1 else r[0][None] for r in zip(*pulled))
         return products / self.divisor, dict(zip(self.at, back))
 
-# %% ../nbs/01_sensitivity.ipynb #276638bd
+# %% ../nbs/01_sensitivity.ipynb #2e6019d2
 class PullBack:
     """`BatchGradient.pull_back`, batched or looped, whichever was measured to be faster for that many directions.
 
@@ -262,6 +265,16 @@ class PullBack:
         if how not in ("auto", "batched", "looped"): raise ValueError(f"pullback must be 'auto', 'batched' or 'looped', not {how!r}")
         self.how, self.rows, self.choices, self._next = how, rows, {}, 4       # up to three, a loop is as good
         self._batched = how == "batched"
+
+    def resume(self, choices):
+        "Take over what another PullBack has measured, so that the bits repeat."
+        self.choices = dict(choices)
+        if self.choices and self.how == "auto": self._choose(max(self.choices))
+
+    def _choose(self, m):
+        looped, batched = self.choices[m]
+        self._batched = batched < looped
+        self._next = float("inf") if batched == float("inf") else m * (8 if self._batched else 2)     # what pays for few pays for more
 
     def __call__(self, graph, directions):
         m = len(next(iter(directions.values())))
@@ -284,8 +297,8 @@ class PullBack:
             batched, fast = timed(lambda: self._in_blocks(graph, directions, m), directions)
             if not _alike(slow, fast): batched = float("inf")
         except RuntimeError: pass
-        self.choices[m], self._batched = (looped, batched), batched < looped
-        self._next = float("inf") if batched == float("inf") else m * (8 if self._batched else 2)     # what pays for few pays for more
+        self.choices[m] = looped, batched
+        self._choose(m)
         return fast if self._batched else slow
 
 def timed(f, tensors):
@@ -301,11 +314,14 @@ def _alike(a, b):
     pairs = [(a[0], b[0]), *((a[1][k], b[1][k]) for k in a[1])]
     return all((x - y).abs().max() <= x.abs().max() * torch.finfo(x.dtype).eps ** .5 for x, y in pairs if x.numel())
 
-# %% ../nbs/01_sensitivity.ipynb #8f1ee115
+# %% ../nbs/01_sensitivity.ipynb #ed069470
 def saved_bytes(f):
-    "Return the bytes that autograd keeps for the backward pass while `f()` runs (each storage counted once)."
+    "Return the bytes that autograd keeps for the backward pass while `f()` runs (each storage counted once, and no more of it than is kept)."
     seen = {}
-    def pack(t): seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    def pack(t):
+        s = t.untyped_storage()
+        seen[s.data_ptr()] = min(s.nbytes(), seen.get(s.data_ptr(), 0) + t.nbytes)
+        return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(seen.values())
 

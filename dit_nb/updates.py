@@ -89,7 +89,7 @@ class SafeSqrt(TorchFunctionMode):
         if func in self.roots and args[0].requires_grad: return _Sqrt.apply(args[0])
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/02_updates.ipynb #710940f5
+# %% ../nbs/02_updates.ipynb #ebd93eff
 class OptimizerStep:
     """The step of a torch optimizer as a function: `name` is the optimizer's, `groups` lists the parameter names of each parameter group.
 
@@ -119,6 +119,15 @@ class OptimizerStep:
                 state = optimizer.state.get(params[k], {})
                 for s in needed: found[f"{k}.{s}"] = _first(s, params[k], optimizer, group) if state.get(s) is None else state[s]
         return found
+
+    def restore(self, optimizer, params, slots, groups, fresh=()):
+        "Put an optimizer where it was: its slots `{name: tensor}`, those of `fresh` parameters not made yet, and its settings as from `hyper`."
+        for names, group, settings in zip(self.groups, optimizer.param_groups, groups):
+            for k, v in settings.items():
+                if isinstance(group[k], torch.Tensor): group[k].fill_(v)
+                else: group[k] = tuple(v) if isinstance(v, list) else v
+            for k in names:
+                for s in self.slot_names(group) if k not in fresh else (): optimizer.state[params[k]][s] = slots[f"{k}.{s}"].detach().to("cpu" if s in SCALARS else params[k].device, copy=True)
 
     def fresh(self, optimizer, params):
         """Return the parameters whose first step depends on its settings: SGD's first momentum is the whole gradient, not dampened, ASGD's first rate is
@@ -285,9 +294,13 @@ class _WrittenOut(_ByAutograd):
         curved.mul_(a).mul_(a).div_(r).mul_(step / (2 * root)).masked_fill_(r == 0, 0.)
         return a.mul_(-step), curved
 
-# %% ../nbs/02_updates.ipynb #181be4bc
+# %% ../nbs/02_updates.ipynb #cd811e5e
 class UpdateRule(_WrittenOut):
     "A step and its pull-back."
+    def uses_gradient(self, settings):
+        "Return whether the pull-back depends on the gradient itself; that of SGD does not, unless the gradient is clipped."
+        return self.name != "SGD" or "clip" in settings
+
     def pull_back(self, adjoint, params, slots, grads, settings):
         """Return `(direction, direct)` for an adjoint `{name: [m, *shape]}` of updated parameters and slots: the pull-backs to the
         gradients and, past the model, to parameters and slots. `params`, `slots` and `grads` are those before the step.
