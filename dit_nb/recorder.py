@@ -656,7 +656,7 @@ class _Follower:
     def remove(self):
         for h in self.hooks: h.remove()
 
-# %% ../nbs/04_recorder.ipynb #915f6ffd
+# %% ../nbs/04_recorder.ipynb #cbba5959
 class Watch(_Follower):
     """The hooks by which a `Recording` follows a training loop that is not its own.
 
@@ -670,9 +670,11 @@ class Watch(_Follower):
         self.statistics = self.rec._statistics
 
     def before_step(self):
-        self.rec._keep_statistics()                                   # forward passes since the step began may have moved them
-        self.settings = self.rec._begin(save=False)                   # half of this step is done
-        self.rec._statistics = self.statistics
+        with Undisturbed() as steady:
+            steady.begin()
+            self.rec._keep_statistics()                               # forward passes since the step began may have moved them
+            try: self.settings = self.rec._begin(save=False)          # half of this step is done
+            finally: self.rec._statistics = self.statistics
         t = self.rec.writer.steps
         self.before = self.present() if t & (t + 1) == 0 else None
 

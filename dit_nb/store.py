@@ -273,7 +273,7 @@ class Lock:
 _LOCKS = weakref.WeakSet()
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: [lock.leave() for lock in _LOCKS if lock.held])       # workers outlive a killed training for seconds: they must not hold on to it
 
-# %% ../nbs/03_store.ipynb #8c935fcd
+# %% ../nbs/03_store.ipynb #73061c69
 SEGMENT_BYTES, SEGMENT_STATES, COMMIT_BYTES, COMMIT_STEPS, COMMIT_SECONDS = 2**25, 512, 2**22, 2048, 10.
 
 class TrajectoryWriter:
@@ -319,8 +319,8 @@ class TrajectoryWriter:
             raise OSError(getattr(e, "errno", None) or (errno.ENOSPC if "full" in str(e) or _free(self.path) < 2**16 else errno.EIO), f"the recording has stopped: {getattr(e, 'strerror', None) or e}. {left}") from e
 
     def _begin(self, meta, constants):
-        for f in sorted(own_files(self.path), key=lambda f: f.name == "run.sqlite"):                    # last, since without it nobody knows what the others are
-            if f.name != "writing.lock": f.unlink()
+        for f in [*segments(self.path), self.path / "run.sqlite", *own_files(self.path)]:             # in this order, whenever it is interrupted, no states are left without a database
+            if f.name != "writing.lock": f.unlink(missing_ok=True)
         self._meta = sorted((k, json.dumps(v)) for k, v in meta.items())
         self._new = [("constants.safetensors", *save_tensors(constants, self.path / "constants.safetensors"), "[]")]
         self._connect()
