@@ -273,7 +273,7 @@ class Lock:
 _LOCKS = weakref.WeakSet()
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: [lock.leave() for lock in _LOCKS if lock.held])       # workers outlive a killed training for seconds: they must not hold on to it
 
-# %% ../nbs/03_store.ipynb #73061c69
+# %% ../nbs/03_store.ipynb #abb9cf3c
 SEGMENT_BYTES, SEGMENT_STATES, COMMIT_BYTES, COMMIT_STEPS, COMMIT_SECONDS = 2**25, 512, 2**22, 2048, 10.
 
 class TrajectoryWriter:
@@ -319,18 +319,23 @@ class TrajectoryWriter:
             raise OSError(getattr(e, "errno", None) or (errno.ENOSPC if "full" in str(e) or _free(self.path) < 2**16 else errno.EIO), f"the recording has stopped: {getattr(e, 'strerror', None) or e}. {left}") from e
 
     def _begin(self, meta, constants):
-        for f in [*segments(self.path), self.path / "run.sqlite", *own_files(self.path)]:             # in this order, whenever it is interrupted, no states are left without a database
-            if f.name != "writing.lock": f.unlink(missing_ok=True)
+        database, gone = self.path / "run.sqlite", self.path / "run.sqlite.tmp"
+        if database.exists(): os.replace(database, gone)                      # from here on there is no run any more, whenever this is interrupted (see `segments`)
+        for f in own_files(self.path):
+            if f.name not in ("writing.lock", gone.name): f.unlink()
+        gone.unlink(missing_ok=True)
         self._meta = sorted((k, json.dumps(v)) for k, v in meta.items())
         self._new = [("constants.safetensors", *save_tensors(constants, self.path / "constants.safetensors"), "[]")]
         self._connect()
         self._transaction(lambda: [self.db.execute(table) for table in SCHEMA.split(";\n") if table.strip()], self._new, finished=False)
 
     def _continue(self, trajectory):
+        self._connect()
+        # A commit that a kill has cut off may stand in SQLite's log, unseen now and taken for made by a later recovery, when its files are gone: a write of its own, though of nothing new, takes its place.
+        self.db.execute(f"pragma user_version = {self.db.execute('pragma user_version').fetchone()[0]}")
         if len(trajectory.refresh().check().commits) != self.commits: raise RuntimeError(f"another process has gone on with {self.path} meanwhile: start again, to go on from there")
         self._chain, self.steps, stored = trajectory.commits[-1].hash, trajectory.steps, trajectory.states()
         self._settings, self._last = {json.dumps(v): i for i, v in trajectory._settings.items()}, stored[-1] if stored else None
-        self._connect()
         for f in leftovers(self.path, {*trajectory._files, trajectory.resume_file()}): f.unlink()
         trajectory.close()
 
@@ -468,11 +473,14 @@ def link(before, commit, others, meta):
     "Return the checksum of a commit: of its row, of what it covers but for steps, and of the commit before."
     return digest(before, commit, others, meta)
 
-_OWN = re.compile(r"(run\.sqlite(-wal|-shm|-journal)?|writing\.lock|(constants|states-\d{9,}|resume-\d{9,})\.safetensors((\.\w+)*\.tmp)?)")
+_OWN = re.compile(r"(run\.sqlite(-wal|-shm|-journal|\.tmp)?|writing\.lock|(constants|states-\d{9,}|resume-\d{9,})\.safetensors((\.\w+)*\.tmp)?)")
 
 def own_files(path): return sorted(f for f in Path(path).iterdir() if _OWN.fullmatch(f.name))
 
-def segments(path): return [f for f in own_files(path) if f.name.startswith("states-") and f.suffix == ".safetensors"] if Path(path).is_dir() else []
+def segments(path):
+    "Return the files of states in a folder, but for those of a run that was about to be replaced."
+    if not Path(path).is_dir() or (Path(path) / "run.sqlite.tmp").exists(): return []
+    return [f for f in own_files(path) if f.name.startswith("states-") and f.suffix == ".safetensors"]
 
 def leftovers(path, known):
     "Return the files in the folder of a run that a crash has left behind: temporary ones, and segments that the database does not know."

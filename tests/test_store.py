@@ -494,6 +494,33 @@ def test_point_of_a_changed_model(runs, tmp_path):
     assert Trajectory(tmp_path / "run").resume_point()[1] is None and resumed(tmp_path / "run", runs.data) == runs.right["finished", resumed]
 
 
+@pytest.mark.parametrize("name", ["finished", "unfinished"])
+def test_interrupted_overwriting(runs, name, tmp_path, monkeypatch):
+    "Whenever the replacement of a run is interrupted, there is the old run, none, or the beginning of the new one, and a recorder with `resume` goes on from that"
+    path, unlink, outcomes = tmp_path / "run", Path.unlink, []
+    for k in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(runs.folder / name, path)
+        left = k
+        def until(f, **kw):
+            nonlocal left
+            left -= f.parent == path
+            if left < 0: raise KeyboardInterrupt
+            return unlink(f, **kw)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", until)
+            try: record(path, runs.data[0], overwrite=True)
+            except KeyboardInterrupt: outcomes.append("interrupted")
+            else: break
+        gc.collect()
+        try:
+            found, right = everything(path, runs.data), runs.right["finished", everything]                 # both are this training
+            assert found[0] == right[0][:len(found[0])] and found[1].items() <= right[1].items() and found[3:] == right[3:]
+        except FileNotFoundError: outcomes[-1] = "no run"
+        assert resumed(path, runs.data) == runs.right["finished", resumed]
+    assert outcomes.count("no run") > 4
+
+
 def test_repair(runs, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(runs.folder / "finished", path)
