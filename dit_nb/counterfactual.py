@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retraining', 'remove', 'removed', 'leave_one_out', 'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #722a7fc1
+# %% ../nbs/07_counterfactual.ipynb #a0762335
 import warnings
 
 import numpy as np
@@ -18,11 +18,11 @@ from .data import sample_indices
 from .distributed import Ranks
 from .estimator import asked, progress_bar, shown
 from .results import Influence, consecutive
-from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient, query_value, saved_bytes, timed, twice_differentiable, untouched
+from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient, query_value, saved_bytes, tensor_bytes, timed, twice_differentiable, untouched
 from .trajectory import tolerance
 from .updates import carried
 
-# %% ../nbs/07_counterfactual.ipynb #ed49cef3
+# %% ../nbs/07_counterfactual.ipynb #4c16034d
 class _Stack:
     "Many runs as one: stacked state, and a step's gradients at it"
     def __init__(self, run, moved): self.run, self.moved, self.statistics = run, moved, run.statistics
@@ -54,8 +54,7 @@ class _Stack:
         with in_modes(run.model, run.trajectory.settings(0)["training"]):
             at = leaves(run.moving(state))
             kept = saved_bytes(lambda: call_with(run.model, {**run.still(state), **at}, lambda _: run.part_losses(part, run.fetch(part))))
-        size = lambda d: sum(v.numel() * v.element_size() for v in d.values())
-        return max(1, int(memory // (2 * kept + 6 * size(state.params) + 3 * size(state.slots))))
+        return max(1, int(memory // (2 * kept + 6 * tensor_bytes(state.params) + 3 * tensor_bytes(state.slots))))
 
 # %% ../nbs/07_counterfactual.ipynb #ca3345c7
 class _Feasible(_Stack):

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_SECONDS', 'boundaries', 'asked', 'influence', 'plan_influence', 'shown', 'progress_bar', 'coupling',
            'splitting', 'Asked', 'SweepPlan', 'plan_sweep', 'Checkpoint']
 
-# %% ../nbs/06_estimator.ipynb #b18bd720
+# %% ../nbs/06_estimator.ipynb #097ad5cb
 import os, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .distributed import Ranks
 from .queries import as_queries
 from .results import Influence, _short
-from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, twice_differentiable, untouched
+from .sensitivity import PullBack, call_with, leaves, query_gradient, saved_bytes, set_modes, tensor_bytes, twice_differentiable, untouched
 from .store import in_bytes, sealed, tagged, unsealed, untagged, write_atomically
 from .trajectory import check_arrival, named_step, replayed_steps, tolerance
 from .updates import carried
@@ -108,7 +108,7 @@ def splitting(run, split, stop, rows, ranks):
         warnings.warn(f"{ranks.size - rows} of {ranks.size} processes have nothing to do: they share boundaries and queries{f', since {why}' if why else ''}, and there are {rows} of these", stacklevel=3)
     return "boundaries"
 
-# %% ../nbs/06_estimator.ipynb #8031822f
+# %% ../nbs/06_estimator.ipynb #5b4a3f56
 @dataclass(frozen=True)
 class Asked:
     "What a sweep is asked, by whom: run, queries, sorted boundaries `times` `[K]`, options, and the ranks that share it."
@@ -166,7 +166,7 @@ def _duration(s): return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 100 els
 
 def plan_sweep(asked, memory, checkpoint=False):
     "Return the `SweepPlan` for `memory` bytes beside the answer, from one step and the queries at a stored state; all ranks agree on it."
-    run, stop, tensor_bytes = asked.run, int(asked.times[-1]), lambda d: sum(v.numel() * v.element_size() for v in d.values())
+    run, stop = asked.run, int(asked.times[-1])
     run.trajectory.look()
     t0 = run.trajectory.stored(stop - 1)
     state = run.state(t0)
@@ -228,7 +228,7 @@ class _Adjoints:
         self.adjoint = new if self.adjoint is None else {k: torch.cat([v, new[k]]) for k, v in self.adjoint.items()}
         self.m += len(rows)
 
-# %% ../nbs/06_estimator.ipynb #9e4d31e6
+# %% ../nbs/06_estimator.ipynb #d4a1c088
 class _Steps(_Adjoints):
     "Gradients of the recorded steps, and the check that each update is the rule's"
     moved, rough = None, 0.                       # what a forward pass makes of running statistics; the largest share of parameters at which Adam is not smooth
@@ -249,8 +249,8 @@ class _Steps(_Adjoints):
 
     def check_update(self, t, state, G, statistics, settings, after):
         "The recorded update is the rule's: checked on one tensor a step, in turn, since all would cost a pass over the parameters; on an accelerator, which this halts, every 16th step"
-        if self.run.deferred and t % 16: return
         if t % max(1, int(self.times[-1]) // 16) == 0: self.rough = max(self.rough, self.run.rule.near_eps(state.slots, settings))
+        if self.run.deferred and t % 16: return
         k, recorded = after
         try:
             if k in state.params: self._arrived(t, [k], state, G, settings, {k: recorded})

@@ -7,7 +7,7 @@ __all__ = ['refuse_modules', 'refuse_precision', 'refuse_autocast', 'versions', 
            'plan_recording', 'NoWriter', 'load_tagged', 'Undisturbed', 'Recording', 'StepRecorder', 'NotingSampler',
            'noting', 'WatchedLoader', 'Watch', 'Recorder']
 
-# %% ../nbs/04_recorder.ipynb #6cbc034e
+# %% ../nbs/04_recorder.ipynb #761d3b58
 import copy, json, signal, tempfile, threading, warnings, weakref
 from base64 import b64decode, b64encode
 from collections import deque
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from .data import fetcher, n_samples, sample_indices
 from .distributed import Ranks
 from .sensitivity import (BatchGradient, call_with, check_losses, drawn, euclidean, generators, leaves, moving_buffers, random_states,
-                                set_modes, set_random_states, training_modules, twice_differentiable, untouched)
+                                set_modes, set_random_states, tensor_bytes, training_modules, twice_differentiable, untouched)
 from .store import Lock, Part, Schedule, Trajectory, TrajectoryWriter, describe_tensors, sound_settings, tagged, untagged
 from .trajectory import State, fingerprint, objective, open_run, probes, tolerance
 from .updates import clip_gradients, update_rule
@@ -130,15 +130,14 @@ def _off(gradient, tensors, data, u, like):
 _NOT_TWICE = "the gradient of these losses can't be differentiated a second time"
 _PLAIN = "compiled functions, and autograd functions of your own whose backward is not differentiable, have no place in model and loss_fn; use their plain form"
 
-# %% ../nbs/04_recorder.ipynb #e398ba28
+# %% ../nbs/04_recorder.ipynb #511908f4
 def plan_recording(model, optimizer, steps, every="all", disk=None, path="."):
     "Return the `Schedule` of a recording of `steps` steps with the same arguments of `Recorder`: which states it will store, how many bytes that is, and what a sweep will train again."
-    params, rule = dict(model.named_parameters()), update_rule(optimizer, model)
-    params = {k: params[k] for names in rule.groups for k in names}
-    state = {**params, **{k: dict(model.named_buffers())[k] for k in moving_buffers(model)}, **rule.slots(optimizer, params)}
-    return Schedule(every, steps, sum(v.numel() * v.element_size() for v in state.values()), disk, path)
+    tensors, rule = dict(model.named_parameters()) | dict(model.named_buffers()), update_rule(optimizer, model)
+    params, buffers = {k: tensors[k] for names in rule.groups for k in names}, {k: tensors[k] for k in moving_buffers(model)}
+    return Schedule(every, steps, tensor_bytes({**params, **buffers, **rule.slots(optimizer, params)}), disk, path)
 
-# %% ../nbs/04_recorder.ipynb #c968a4c5
+# %% ../nbs/04_recorder.ipynb #c56f53d7
 class NoWriter:
     "What other ranks have in place of a writer: rank 0 writes for all."
     due, full, failed = False, False, None
@@ -147,6 +146,7 @@ class NoWriter:
     def hold(self, state, due=False): pass
     def mark(self, name): pass
     def stop(self, error): pass
+    def ready(self): pass
     def flush(self, *_): pass
     def close(self, *_): pass
 
@@ -185,8 +185,7 @@ class _Described:
         self._temporary, self.stateful = tempfile.TemporaryDirectory(prefix="dit_nb_") if path is None and self.ranks.first else None, stateful      # lives as long as the run
         self.path = Path(self.ranks.gather(path or (self._temporary and self._temporary.name))[0])
         self._saved_stateful()                                                                                                   # TypeError now, not when the first hour is over
-        size = sum(v.numel() * v.element_size() for v in self._state().values())
-        schedule, first = Schedule(every, steps, size, disk, self.path), self.ranks.first
+        schedule, first = Schedule(every, steps, tensor_bytes(self._state()), disk, self.path), self.ranks.first
         lock = Lock(self.path) if resume and first and self.path.is_dir() else None        # before it is read: nobody else goes on with it meanwhile
         try:
             before = self._begun() if resume else None
@@ -318,7 +317,7 @@ def _text(states): return {k: b64encode(s).decode() for k, s in states.items()}
 def _bytes(states): return {k: b64decode(s) for k, s in states.items()}
 def _brief(x): return x if len(str(x)) < 80 else f"{str(x)[:77]}..."
 
-# %% ../nbs/04_recorder.ipynb #827294b1
+# %% ../nbs/04_recorder.ipynb #36aa82b9
 class _Epochs(_Resumed):
     "The order of the samples, and the names of steps"
     def batches(self, size, shuffle=True, drop_last=False):
@@ -342,6 +341,10 @@ class _Epochs(_Resumed):
             self._left = self.epoch, self._place, self._underway           # by a break, or by an error, which in a step is seen
             raise
         finally: self.epoch, self._place = (self.epoch, self._place) if self._run is not None else (self.epoch + 1, None)
+        self.mark_epoch()
+
+    def mark_epoch(self):
+        "Name the present step after the epoch that is over, unless an interrupted recording has done so."
         if (name := f"epoch {self.epoch}") not in self._marks: self.mark(name)
 
     def mark(self, name):
@@ -371,13 +374,13 @@ class Undisturbed:
         signal.signal(signal.SIGINT, self.before)
         if self.due: signal.raise_signal(signal.SIGINT)
 
-# %% ../nbs/04_recorder.ipynb #f8732d5f
+# %% ../nbs/04_recorder.ipynb #94079811
 class Recording(_Epochs):
     "The recording of a training, however its steps come; the base of `Recorder`, which documents the arguments."
     def _begin(self, save=True):
         "Check that the next step can be recorded, `save` if a commit is due, and return its settings"
         self._writable()
-        if self.writer.failed: raise RuntimeError(f"nothing more can be recorded: {self.writer.failed}")
+        self.writer.ready()
         self._underway, self._left, self._resumed = True, None, None
         if self._waiting is not None: self._random_waiting()
         if self._versions not in (None, versions(self.params)):
@@ -443,7 +446,6 @@ class Recording(_Epochs):
     def __enter__(self): return self
     def __exit__(self, kind, *_):
         if kind is None: self._left = None                            # the epoch was left by a break, and is over
-        if kind and self._left: self._left = (*self._left[:2], True)  # the epoch was not left by a break
         if kind is None or not self.writer.failed: self.finish()      # a recording that has failed has said so
 
 # %% ../nbs/04_recorder.ipynb #1982b4b6
@@ -568,9 +570,11 @@ class WatchedLoader:
             yield batch
         self.watch.end_epoch()
 
-# %% ../nbs/04_recorder.ipynb #2c854222
+# %% ../nbs/04_recorder.ipynb #5efd2745
 class _Follower:
     "The hooks, and the batches that have come since the last step"
+    called = False                                                # whether the loop calls the model at all; it may call parts of it by themselves
+    passed, before_batch = 0, None                                # batches of this epoch that have come; the random states before those that no step has used yet
     def __init__(self, rec, accumulate=1):
         self.rec, self.accumulate, self.drawn, self.taken, self.settings, self.before, self.statistics, self.began = rec, accumulate, deque(), [], None, None, None, None
         me = weakref.ref(self)                                      # plain functions, so that a deepcopy of the model does not copy the recording
@@ -651,18 +655,16 @@ class _Follower:
     def end_epoch(self):
         self.began = self.before_batch = None
         self.rec.epoch += 1
-        if (name := f"epoch {self.rec.epoch}") not in self.rec._marks: self.rec.mark(name)
+        self.rec.mark_epoch()
 
     def remove(self):
         for h in self.hooks: h.remove()
 
-# %% ../nbs/04_recorder.ipynb #cbba5959
+# %% ../nbs/04_recorder.ipynb #88a19a93
 class Watch(_Follower):
     """The hooks by which a `Recording` follows a training loop that is not its own.
 
     `accumulate` is the number of micro-batches whose mean losses, divided by it, add up to a step (None: as many as came)."""
-    called = False                                                # whether the loop calls the model at all; it may call parts of it by themselves
-    passed, before_batch = 0, None                                # batches of this epoch that have come; the random states before those that no step has used yet
     remedy = "loss_fn must be what the loop minimises; tell the Recorder of clipping (clip_norm, clip_value), and watch of gradient accumulation (accumulate)"
     def begin(self):
         "The first micro-batch of a step comes: all is still as the last step left it"
@@ -707,7 +709,7 @@ class Watch(_Follower):
         rec = self.rec
         reader = rec._open()
         state = State(self.before, {**reader.constants, **rec._statistics}, {})
-        reader.trajectory.db.close()                                  # a writer can't finish while readers are there
+        reader.trajectory.close()
         grads, _ = reader.gradient(state, parts, self.settings["training"])
         if rec.clip: grads = clip_gradients(grads, rec.clip)
         pairs = [(g, rec.params[k].grad) for k, g in grads.items() if rec.params[k].grad is not None]

@@ -6,7 +6,7 @@
 __all__ = ['GENERATORS', 'SWITCHES', 'supervised', 'check_losses', 'call_with', 'leaves', 'euclidean', 'training_modules',
            'set_modes', 'in_modes', 'generators', 'random_states', 'set_random_states', 'drawn', 'untouched', 'seeded',
            'moving_buffers', 'functional_statistics', 'twice_differentiable', 'as_written', 'BatchGradient', 'PullBack',
-           'timed', 'saved_bytes', 'query_scalar', 'query_value', 'query_gradient']
+           'timed', 'tensor_bytes', 'saved_bytes', 'query_scalar', 'query_value', 'query_gradient']
 
 # %% ../nbs/01_sensitivity.ipynb #8e2d5742
 import copy, random, struct, time
@@ -314,7 +314,11 @@ def _alike(a, b):
     pairs = [(a[0], b[0]), *((a[1][k], b[1][k]) for k in a[1])]
     return all((x - y).abs().max() <= x.abs().max() * torch.finfo(x.dtype).eps ** .5 for x, y in pairs if x.numel())
 
-# %% ../nbs/01_sensitivity.ipynb #ed069470
+# %% ../nbs/01_sensitivity.ipynb #b2e5c04b
+def tensor_bytes(tensors):
+    "Return the bytes that `{name: tensor}` take."
+    return sum(v.nbytes for v in tensors.values())
+
 def saved_bytes(f):
     "Return the bytes that autograd keeps for the backward pass while `f()` runs (each storage counted once, and no more of it than is kept)."
     seen = {}

@@ -6,7 +6,7 @@
 __all__ = ['State', 'probes', 'fingerprint', 'named_step', 'tolerance', 'check_arrival', 'objective', 'RecordedRun', 'reach',
            'split', 'replayed_steps', 'ReplayedRun', 'Run', 'open_run', 'check_run']
 
-# %% ../nbs/03_trajectory.ipynb #b680a59f
+# %% ../nbs/03_trajectory.ipynb #2ddf0b92
 import copy, inspect, math, operator, os
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import fetch, fetcher, n_samples
 from .sensitivity import (BatchGradient, as_written, call_with, check_losses, euclidean, leaves, saved_bytes, seeded, set_modes, set_random_states, twice_differentiable,
                                 untouched)
-from .store import Lock, Trajectory, checksum, describe_tensors, leftovers, save_tensors
+from .store import Lock, Trajectory, describe_tensors, leftovers, save_tensors
 from .updates import SCALARS, rule_named
 
 # %% ../nbs/03_trajectory.ipynb #23fc9578
@@ -190,7 +190,7 @@ def replayed_steps(length, room):
         else: total += length - 1
     return total
 
-# %% ../nbs/03_trajectory.ipynb #39d3adac
+# %% ../nbs/03_trajectory.ipynb #47620864
 class ReplayedRun(RecordedRun):
     """A recorded run with all its states, stored or not, and the training repeated from any of them.
 
@@ -207,7 +207,7 @@ class ReplayedRun(RecordedRun):
     @property
     def state_bytes(self):
         "The size of a state in bytes: parameters, moving buffers and slots"
-        return sum(int(np.prod(shape)) * torch.empty(0, dtype=getattr(torch, dtype)).element_size() for what in ("params", "buffers", "slots") for dtype, shape in self.meta[what].values())
+        return sum(int(np.prod(shape)) * getattr(torch, dtype).itemsize for what in ("params", "buffers", "slots") for dtype, shape in self.meta[what].values())
 
     @property
     def room(self):
@@ -336,7 +336,7 @@ class ReplayedRun(RecordedRun):
         return max(check_arrival(*({k: v[k] for k in keys} for v in views), t) for keys, views in
                    [(self.meta["params"], (before.params, after.params, recorded.params)), (floats, (before.buffers, after.buffers, recorded.buffers))] if keys)
 
-# %% ../nbs/03_trajectory.ipynb #45621e11
+# %% ../nbs/03_trajectory.ipynb #b17fbd52
 class Run(ReplayedRun):
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -346,17 +346,20 @@ class Run(ReplayedRun):
         "Return the `BatchGradient` of step `t`, which must be one whole batch, after checking that its losses are those that were recorded."
         part, *more = self.trajectory.parts(t)
         if more: raise ValueError(f"step {t} accumulated {len(more) + 1} micro-batches: it has no single graph")
-        state, at = self.state(t), leaves(self.moving(self.state(t)))
-        with untouched(self.model, self.trajectory.settings(t)["training"]), torch.enable_grad(), twice_differentiable(self.model) as moved:
-            found = call_with(self.model, {**self.still(state), **at}, lambda _: self.part_gradient(t, part, at, moved))
-        self.settle()
-        return found
+        return self._gradient_of(t, part)
 
     def graph_bytes(self, t):
         "Return the bytes that autograd keeps of the gradient's graph at step `t` (of its first part)."
-        state, at = self.state(t), leaves(self.moving(self.state(t)))
+        return self._gradient_of(t, self.trajectory.parts(t)[0], saved_bytes)
+
+    def _gradient_of(self, t, part, through=lambda f: f()):
+        "`through` a function that computes it, the `BatchGradient` of a `Part` at the state of step `t`"
+        state = self.state(t)
+        at = leaves(self.moving(state))
         with untouched(self.model, self.trajectory.settings(t)["training"]), torch.enable_grad(), twice_differentiable(self.model) as moved:
-            return call_with(self.model, {**self.still(state), **at}, lambda _: saved_bytes(lambda: self.part_gradient(t, self.trajectory.parts(t)[0], at, moved)))
+            found = call_with(self.model, {**self.still(state), **at}, lambda _: through(lambda: self.part_gradient(t, part, at, moved)))
+        self.settle()
+        return found
 
     def part_gradient(self, t, part, at, moved):
         """Return the `BatchGradient` of a `Part` of step `t` at the leaves `at` that the model holds, in the step's modes; `moved` collects
