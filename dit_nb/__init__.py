@@ -4,21 +4,28 @@ The modules are exported from the notebooks in `nbs/`; this file alone is writte
 """
 __version__ = "0.1.0"
 
+from dit_nb.bounds import Bound, error_bound
 from dit_nb.callbacks import LightningRecorder, TrainerRecorder
 from dit_nb.counterfactual import compare, leave_one_out, remove, verify
 from dit_nb.data import (Samples, adult, breast_cancer, corrupt_labels, digits, emnist, fashion_mnist, fetch, idx_images,
                          mnist, newsgroups, restore_labels)
+from dit_nb.errors import calibrate, error_proxy, second_order, with_curvature
 from dit_nb.estimator import influence, plan_influence
-from dit_nb.plots import plot_agreement, plot_influence, plot_samples, plot_summary, plot_window
+from dit_nb.kinks import kink_patterns, smooth_kinks
+from dit_nb.plots import plot_agreement, plot_diagnosis, plot_influence, plot_samples, plot_summary, plot_window
 from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
                             prediction_query)
 from dit_nb.recorder import Recorder, plan_recording
+from dit_nb.repeats import Ensemble, ensemble, health, repeatability, repetition
 from dit_nb.results import Influence, load_influence
 from dit_nb.sensitivity import supervised
 from dit_nb.trajectory import Run, State, check_run, open_run
+from dit_nb.trust import Diagnosis, diagnose, refine
 
-__all__ = ["Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder", "adult", "breast_cancer",
-           "check_run", "compare", "corrupt_labels", "digits", "emnist", "fashion_mnist", "fetch", "gradient_norm_query", "idx_images", "influence",
-           "input_gradient_query", "leave_one_out", "load_influence", "loss_query", "margin_query", "mnist", "newsgroups", "open_run",
-           "parameter_query", "plan_influence", "plan_recording", "plot_agreement", "plot_influence", "plot_samples", "plot_summary", "plot_window", "prediction_query",
-           "remove", "restore_labels", "supervised", "verify"]
+__all__ = ["Bound", "Diagnosis", "Ensemble", "Influence", "LightningRecorder", "Query", "Recorder", "Run", "Samples", "State", "TrainerRecorder",
+           "adult", "breast_cancer", "calibrate", "check_run", "compare", "corrupt_labels", "diagnose", "digits", "emnist", "ensemble", "error_bound",
+           "error_proxy", "fashion_mnist", "fetch", "gradient_norm_query", "health", "idx_images", "influence", "input_gradient_query",
+           "kink_patterns", "leave_one_out", "load_influence", "loss_query", "margin_query", "mnist", "newsgroups", "open_run", "parameter_query",
+           "plan_influence", "plan_recording", "plot_agreement", "plot_diagnosis", "plot_influence", "plot_samples", "plot_summary", "plot_window",
+           "prediction_query", "refine", "remove", "repeatability", "repetition", "restore_labels", "second_order", "smooth_kinks", "supervised",
+           "verify", "with_curvature"]

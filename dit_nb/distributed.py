@@ -5,15 +5,21 @@
 # %% auto #0
 __all__ = ['Ranks', 'torchrun']
 
-# %% ../nbs/01_distributed.ipynb #e939e395
-import os, re, subprocess, sys, tempfile, threading, time, warnings
+# %% ../nbs/01_distributed.ipynb #c9616df0
+import atexit, os, re, subprocess, sys, tempfile, threading, time, warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/01_distributed.ipynb #eadbb3f4
+# %% ../nbs/01_distributed.ipynb #afd0cd82
+@cache
+def _end_after_gloo():
+    "Gloo's threads let go of the last tensors a moment after a sum has returned, and need Python for that; a Python that ends meanwhile would abort the process. So it ends a moment later."
+    atexit.register(time.sleep, .2)
+
 class _Group:
     "Who shares the work, and what each gets of it"
     def __init__(self, group=None):
@@ -21,6 +27,7 @@ class _Group:
         self.group = None if alone else group
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
         if self.rank < 0: raise ValueError("this process does not belong to the process group: call this on the group's ranks only")
+        if self.size > 1: _end_after_gloo()
         kinds = [] if alone else [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]       # of devices that the group's backends can sum on
         self.kinds, self.device = kinds, "cpu" if "cpu" in kinds or alone else kinds[0]
 

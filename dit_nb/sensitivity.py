@@ -8,7 +8,7 @@ __all__ = ['GENERATORS', 'SWITCHES', 'supervised', 'check_losses', 'call_with', 
            'moving_buffers', 'functional_statistics', 'twice_differentiable', 'as_written', 'BatchGradient', 'PullBack',
            'timed', 'tensor_bytes', 'saved_bytes', 'query_scalar', 'query_value', 'query_gradient']
 
-# %% ../nbs/01_sensitivity.ipynb #8e2d5742
+# %% ../nbs/01_sensitivity.ipynb #f2148857
 import copy, random, struct, time
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .kinks import kinks_as_they_are
 
 # %% ../nbs/01_sensitivity.ipynb #a0f17b51
 def supervised(loss):
@@ -186,7 +188,7 @@ def functional_statistics(model):
     finally:
         for m in layers.values(): vars(m).pop("forward", None)
 
-# %% ../nbs/01_sensitivity.ipynb #89c85b09
+# %% ../nbs/01_sensitivity.ipynb #9a2399bf
 SWITCHES = {                                                         # torch's, and how a sweep needs them
     "flash attention":     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
     "efficient attention": (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
@@ -215,12 +217,12 @@ def twice_differentiable(model):
 
 @contextmanager
 def as_written(model):
-    "Within the block, modules are computed as in the training, in place and with fused kernels, also inside `twice_differentiable`: a replay repeats bits."
+    "Within the block, modules are computed as in the training, in place, with fused kernels and with plain kinks, also inside `twice_differentiable` and `smooth_kinks`: a replay repeats bits."
     patched = {m: vars(m).pop("forward") for m in model.modules() if getattr(vars(m).get("forward"), "func", None) is _normalise}
     now = {k: SWITCHES[k][0]() for k in (_before[0] if _before else ())}
     try:
         if _before: _switch(_before[0])
-        yield
+        with kinks_as_they_are(): yield
     finally:
         _switch(now)
         for m, forward in patched.items(): m.forward = forward

@@ -336,7 +336,7 @@ class ReplayedRun(RecordedRun):
         return max(check_arrival(*({k: v[k] for k in keys} for v in views), t) for keys, views in
                    [(self.meta["params"], (before.params, after.params, recorded.params)), (floats, (before.buffers, after.buffers, recorded.buffers))] if keys)
 
-# %% ../nbs/03_trajectory.ipynb #b17fbd52
+# %% ../nbs/03_trajectory.ipynb #92ff62c8
 class Run(ReplayedRun):
     """A recorded run, bound to the model, loss and data that it was trained with; made by `Recorder.finish` or `open_run`.
 
@@ -346,14 +346,14 @@ class Run(ReplayedRun):
         "Return the `BatchGradient` of step `t`, which must be one whole batch, after checking that its losses are those that were recorded."
         part, *more = self.trajectory.parts(t)
         if more: raise ValueError(f"step {t} accumulated {len(more) + 1} micro-batches: it has no single graph")
-        return self._gradient_of(t, part)
+        return self.gradient_of(t, part)
 
     def graph_bytes(self, t):
         "Return the bytes that autograd keeps of the gradient's graph at step `t` (of its first part)."
-        return self._gradient_of(t, self.trajectory.parts(t)[0], saved_bytes)
+        return self.gradient_of(t, self.trajectory.parts(t)[0], saved_bytes)
 
-    def _gradient_of(self, t, part, through=lambda f: f()):
-        "`through` a function that computes it, the `BatchGradient` of a `Part` at the state of step `t`"
+    def gradient_of(self, t, part, through=lambda f: f()):
+        "Return the `BatchGradient` of a `Part` at the state of step `t`, or what the function `through` makes of its computation."
         state = self.state(t)
         at = leaves(self.moving(state))
         with untouched(self.model, self.trajectory.settings(t)["training"]), torch.enable_grad(), twice_differentiable(self.model) as moved:

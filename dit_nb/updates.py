@@ -89,7 +89,7 @@ class SafeSqrt(TorchFunctionMode):
         if func in self.roots and args[0].requires_grad: return _Sqrt.apply(args[0])
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/02_updates.ipynb #ebd93eff
+# %% ../nbs/02_updates.ipynb #5c98935e
 class OptimizerStep:
     """The step of a torch optimizer as a function: `name` is the optimizer's, `groups` lists the parameter names of each parameter group.
 
@@ -144,10 +144,10 @@ class OptimizerStep:
         `settings` are those of the step: `groups`, as from `hyper`, perhaps `clip`, and the names of `idle` and `fresh` parameters."""
         if "clip" in settings: grads = clip_gradients(grads, settings["clip"], stacked)
         params, slots = {k: v.clone() for k, v in params.items()}, {k: v.clone() for k, v in slots.items()}
-        for names, h in self._parts(settings, params): self._update(names, params, slots, grads, h)
+        for names, h in self.parts_of(settings, params): self._update(names, params, slots, grads, h)
         return params, slots
 
-    def _parts(self, settings, present):
+    def parts_of(self, settings, present):
         "`(names, settings)` of what is updated together: groups, without idle and absent parameters, fresh ones by themselves"
         idle, fresh, whole = settings.get("idle", ()), settings.get("fresh", ()), len(present) == self.n
         for names, h in zip(self.groups, settings["groups"]):
@@ -171,7 +171,7 @@ def _first(slot, param, optimizer, group):
     value = {"mu_product": 1., "mu": 1., "eta": group["lr"], "sum": optimizer.defaults.get("initial_accumulator_value", 0)}.get(slot, 0.)
     return torch.tensor(float(value)) if slot in SCALARS else torch.full_like(param, value, requires_grad=False)
 
-# %% ../nbs/02_updates.ipynb #fa1be644
+# %% ../nbs/02_updates.ipynb #c9e087ec
 class _Linear(OptimizerStep):
     "The pull-back of SGD: the same few numbers for all coordinates, which autograd gives once"
     def __init__(self, name, groups):
@@ -181,7 +181,7 @@ class _Linear(OptimizerStep):
     def _roles(self, h): return [None] + [s for s in self.slot_names(h) if s not in SCALARS]        # None: the parameter itself
 
     def _pull_linear(self, names, h, adjoint, direction, direct):
-        J, roles = self._coefficients(h)
+        J, roles = self.coefficients(h)
         if len(roles) == 1:                                   # no momentum, the most frequent case, and the one in which overhead counts
             (keep,), (d,) = J
             for k in names:
@@ -193,7 +193,7 @@ class _Linear(OptimizerStep):
             *state, direction[k] = [_combine(zip(column, keys), adjoint) for column in J]
             direct.update(zip(keys, state))
 
-    def _coefficients(self, h):
+    def coefficients(self, h):
         "`([inputs][outputs], roles)` of one coordinate: how parameter, momentum and gradient (inputs) move parameter and momentum (outputs, the roles)"
         if (key := tuple(h.items())) not in self._coefficients_of:
             keys = [_key("x", r) for r in self._roles(h)]
@@ -294,7 +294,7 @@ class _WrittenOut(_ByAutograd):
         curved.mul_(a).mul_(a).div_(r).mul_(step / (2 * root)).masked_fill_(r == 0, 0.)
         return a.mul_(-step), curved
 
-# %% ../nbs/02_updates.ipynb #cd811e5e
+# %% ../nbs/02_updates.ipynb #31556e52
 class UpdateRule(_WrittenOut):
     "A step and its pull-back."
     def uses_gradient(self, settings):
@@ -308,14 +308,15 @@ class UpdateRule(_WrittenOut):
         The adjoint's memory is used up: `direct` may be made of it, and the sweep writes on that."""
         direction, direct, clip = {}, dict(adjoint), settings.get("clip")
         clipped = clip_gradients(grads, clip) if clip else grads
-        for names, h in self._parts(settings, params):
+        for names, h in self.parts_of(settings, params):
             if self.name == "SGD": self._pull_linear(names, h, adjoint, direction, direct)
             elif self._written_out(names, h, adjoint, params, slots, clipped): self._pull_adam(names, h, adjoint, params, slots, clipped, direction, direct)
             else: self._pull(names, h, adjoint, params, slots, clipped, direction, direct)
         for k in settings.get("idle", ()): direction[k] = torch.zeros_like(adjoint[k])
-        return (self._unclip(direction, grads, clip) if clip else direction), direct
+        return (self.unclip(direction, grads, clip) if clip else direction), direct
 
-    def _unclip(self, direction, grads, clip):
+    def unclip(self, direction, grads, clip):
+        "Return directions for clipped gradients `{name: [m, *shape]}` pulled back through the clipping, to the gradients."
         g = leaves(grads)
         with torch.enable_grad(): clipped = clip_gradients(g, clip)
         m = len(next(iter(direction.values())))

@@ -10,7 +10,8 @@ from hypothesis import assume
 from torch.utils.data import DataLoader, TensorDataset
 
 from cases import DRAWING, KINDS, LENGTH, LOOPED, NORMED, OPTIMIZERS, cross, crossing, difference, distance, for_cases, plain, tensors, unrolled, weights
-from dit_nb import influence, leave_one_out, open_run, remove
+from dit_nb import Recorder, influence, input_gradient_query, leave_one_out, loss_query, open_run, remove, supervised
+from dit_nb.estimator import kink_width
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -270,3 +271,86 @@ def test_a_model_with_one_module_in_two_places_is_given_back():
     mine = {k: (id(v), v.detach().clone()) for k, v in [*run.model.named_parameters(), *run.model.named_buffers()]}
     influence(run, case.queries()[:2], at=case.at), leave_one_out(run, case.queries()[:2], [0], at=case.at), run.verify()
     for k, v in [*run.model.named_parameters(), *run.model.named_buffers()]: assert id(v) == mine[k][0] and torch.equal(v, mine[k][1])
+
+
+# Kinks
+
+@each_kind
+def test_a_smooth_network_has_nothing_to_smooth(kind):
+    case = crossing(kind, "AMSGrad" if "AMSGrad" in OPTIMIZERS else "AdamW")
+    run, queries = case.record()[0], case.queries()
+    plain, *others = ([influence(run, queries, at=case.at, pullback="looped", smooth=how)] for how in (None, "auto", .1))
+    for results in others:
+        assert np.array_equal(stacked(results[0]), stacked(plain[0]), equal_nan=True) and all((a.baseline == b.baseline).all() for a, b in zip(results[0], plain[0]))
+    assert others[0][0][0].notes["smooth"] is None
+
+
+class Bent(torch.nn.Module):
+    "Two layers and a pooling with `relu`, whatever its spelling."
+    def __init__(self, relu, pool):
+        super().__init__()
+        self.conv, self.hidden, self.out, self.relu, self.pool = torch.nn.Conv1d(1, 3, 3), torch.nn.Linear(9, 6), torch.nn.Linear(6, 3), relu, pool
+
+    def forward(self, x): return self.out(self.relu(self.hidden(self.pool(self.relu(self.conv(x[:, None]))).flatten(1))))
+
+
+F = torch.nn.functional
+SPELLINGS = {"function": F.relu, "module": torch.nn.ReLU(), "module, in place": torch.nn.ReLU(inplace=True), "torch.relu_": lambda x: torch.relu_(x * 1), "clamp": lambda x: x.clamp(min=0), "clamp_min_": lambda x: x.clamp_min_(0),
+             "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)), "leaky": lambda x: F.leaky_relu(x, 0., inplace=True), "hardtanh": lambda x: F.hardtanh(x, 0., 1e9), "threshold": lambda x: F.threshold(x, 0, 0),
+             "half of the sum": lambda x: (x + x.abs()) / 2}
+POOLS = {"module": torch.nn.MaxPool1d(2), "with places": lambda x: F.max_pool1d(x, 2, return_indices=True)[0], "adaptive": lambda x: F.adaptive_max_pool1d(x, 3),
+         "max": lambda x: x.unflatten(-1, (3, 2)).max(-1).values, "in two dimensions": lambda x: F.max_pool2d(x[:, :, None], (1, 2))[:, :, 0], "min": lambda x: -(-x).unflatten(-1, (3, 2)).min(dim=-1)[0]}
+
+
+def bent(relu, pool, dtype=torch.float64, every=1):
+    "A recorded run of `Bent`, and a loss and a gradient query."
+    torch.manual_seed(0)
+    model, x, y = Bent(relu, pool).to(dtype), torch.randn(40, 8, dtype=dtype), torch.arange(40) % 3
+    with Recorder(model, torch.optim.SGD(model.parameters(), lr=.2, momentum=.5), loss := supervised(F.cross_entropy), TensorDataset(x[:30], y[:30]), every=every) as rec:
+        for _ in range(3):
+            for idx in rec.batches(10): rec.step(idx)
+    return rec.finish(), [loss_query(loss, (x[30:], y[30:])), input_gradient_query(x[30], 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def reference(): return bent(F.relu, torch.nn.MaxPool1d(2))
+
+
+@pytest.mark.parametrize("relu, pool", [(r, "module") for r in SPELLINGS] + [("function", p) for p in POOLS])
+def test_smoothed_kinks_are_the_same_in_every_spelling(reference, relu, pool):
+    run, queries = bent(SPELLINGS[relu], POOLS[pool])
+    plain, smooth = (stacked(influence(*reference, smooth=how)) for how in (None, .1))
+    for how in ("looped", "batched"):
+        found = stacked(influence(run, queries, smooth=.1, pullback=how))
+        np.testing.assert_allclose(found, smooth, rtol=0, atol=1e-9 * np.abs(smooth).max(-1, keepdims=True).max())
+    assert all(np.abs(smooth - plain).max(-1)[q].max() > 1e-3 * np.abs(plain[q]).max() for q in range(2)), "nothing was smoothed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_smoothing_leaves_the_recorded_run_alone(dtype):
+    "Losses, updates and replayed states keep their bits: a sweep over replayed states is that over stored ones."
+    results = []
+    for every in (1, 4, 100):
+        run, queries = bent(torch.nn.ReLU(inplace=True), torch.nn.MaxPool1d(2), dtype, every)
+        results.append(influence(run, queries, smooth=.05, pullback="looped"))
+        assert run.verify(None) == 0
+    for other in results[1:]: assert all(np.array_equal(a.values, b.values) and np.array_equal(a.baseline, b.baseline) for a, b in zip(other, results[0]))
+    plain = influence(run, queries, pullback="looped")
+    assert all(np.array_equal(a.baseline, b.baseline) and not np.array_equal(a.values, b.values) for a, b in zip(plain, results[0]))
+
+
+def test_the_measured_width_is_twice_the_mean_largest_move():
+    "For one step of plain SGD on one layer, by hand: a sample's removal moves the activations by the step that it would have made."
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).double(), torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    start = [p.detach().clone() for p in model.parameters()]
+    with Recorder(model, torch.optim.SGD(model.parameters(), lr=.2), supervised(F.cross_entropy), TensorDataset(x, y)) as rec: rec.step(range(6))
+    moves = []
+    for j in range(6):
+        both = []
+        for keep in (torch.ones(6), torch.ones(6).index_fill_(0, torch.tensor(j), 0.)):
+            w, b, v, c = (p.clone().requires_grad_() for p in start)
+            grads = torch.autograd.grad((keep * F.cross_entropy(F.linear(F.linear(x, w, b).relu(), v, c), y, reduction="none")).sum() / 6, [w, b])
+            both.append(F.linear(x, w - .2 * grads[0], b - .2 * grads[1]))
+        moves.append(float(((both[0] - both[1]).abs().max() / both[0].std(correction=0)).detach()))
+    assert kink_width(rec.finish(), removals=200) == pytest.approx(2 * np.mean(moves), rel=.15)            # 200 random ones of six
