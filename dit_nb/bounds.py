@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lanczos', 'balance', 'Bound', 'error_bound', 'smoothed', 'known_or_infinite']
 
-# %% ../nbs/08_bounds.ipynb #16e382ad
+# %% ../nbs/08_bounds.ipynb #95164311
 import math, random
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,6 @@ from scipy.optimize import minimize
 from torch.func import jacrev, vmap
 
 from .counterfactual import Retraining
-from .distributed import Ranks
 from .estimator import Asked, Answer, Sweep, asked, plan_sweep
 from .queries import Query
 from .results import Windows, shortened
@@ -389,7 +388,7 @@ class Bound(Windows):
                 f"{': larger than the effect itself, it says nothing about most samples' if vacuous else ''}\n"
                 f"  constants: {'; '.join(f'{how}: ' + ', '.join(names) for how, names in by.items())}")
 
-# %% ../nbs/08_bounds.ipynb #a7f05cdc
+# %% ../nbs/08_bounds.ipynb #691076cd
 def error_bound(run, query, at=None, kind="trajectory", constants="estimated", known=None, convex=False, sketches=0, every=None, seed=0, progress=True):
     """Return a `Bound` of the error of `influence(run, query, at)` for every sample, from one sweep back over the run.
 
@@ -406,14 +405,13 @@ def error_bound(run, query, at=None, kind="trajectory", constants="estimated", k
     if run.statistics: raise ValueError(f"{run.statistics[0]} moves in training, and this error recursion has no term for it; freeze BatchNorm by module.eval(), or verify single samples with leave_one_out")
     known = _known(known, run.n_samples)
     queries, _, times = asked(run, query, at, "always")
-    asked_for = Asked(run, queries, times, "always", False, False, Ranks(False), None)
+    asked_for = Asked(run, queries, times, "always")
     asked_for.queries.extend(_Sketch(run, seed + i) for i in range(sketches))
     answer = Answer(asked_for, plan_sweep(asked_for, 2**30), PullBack("auto"), None)
     every = every or -(-int(times[-1]) // 12)
     if constants == "exact": measured = _exact(asked_for, answer.pull, known, seed, convex)
     else: measured = _Local(asked_for, range(len(asked_for.ends)), answer.pull, known, every, seed)
     answer.sweep(0, measured, "bound", progress)
-    answer.repeated = 0
     infl, *sketched = answer.results()
     lengths = np.mean([s.values ** 2 for s in sketched], 0) ** .5 if sketches else None
     c = _Recursions(measured, times, convex, lengths)
@@ -513,7 +511,7 @@ class _Constants:
         for t, _, divisor, _, curved in self.uses: h[t] += curved.sum() / divisor
         return np.maximum(h, self.h)
 
-# %% ../nbs/08_bounds.ipynb #288de9bf
+# %% ../nbs/08_bounds.ipynb #8d481ce6
 class _Coordinates(_Constants):
     "The norms of the steps in the best coordinates"
     def __init__(self, *args):
@@ -548,7 +546,7 @@ class _Coordinates(_Constants):
     def frame(self):
         "The constants of every step, as a frame"
         T = self.T
-        first = [next(iter(s["groups"]))["lr"] for s in self.settings]
+        first = [s["groups"][0]["lr"] for s in self.settings]
         by = {k: np.zeros(T) for k in ("gradient", "curvature", "batch")}
         for t, idx, divisor, g, H in self.uses:
             by["gradient"][t], by["curvature"][t] = max(by["gradient"][t], g.max()), max(by["curvature"][t], H.max())

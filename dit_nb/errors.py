@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['twice', 'bent', 'second_order', 'with_curvature', 'ErrorProxy', 'error_proxy', 'Calibration', 'calibrate']
 
-# %% ../nbs/08_errors.ipynb #4c0d96fb
+# %% ../nbs/08_errors.ipynb #ff659c9a
 import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -20,9 +20,8 @@ from torch import nn
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from .counterfactual import Vectorised, removal_jobs, aligned
+from .counterfactual import Vectorised, aligned, removal_jobs, removal_starts
 from .data import fetch, sample_indices
-from .distributed import Ranks
 from .estimator import Asked, Answer, SharedSweep, asked, influence, plan_sweep, progress_bar
 from .queries import Query, as_queries
 from .results import Influence, Windows, consecutive
@@ -110,7 +109,7 @@ def _by_backward(curve):
         slope, = torch.autograd.grad(curve(s), s, create_graph=True, materialize_grads=True)
         return torch.stack([slope.detach(), torch.autograd.grad(slope, s, materialize_grads=True)[0] if slope.requires_grad else torch.zeros_like(slope)])
 
-# %% ../nbs/08_errors.ipynb #f5b227e6
+# %% ../nbs/08_errors.ipynb #b43f6921
 def second_order(run, query, samples, at=None, removal="always", memory=2**30, progress=True):
     """Return the effect on a query of removing each of `samples`, to second order in the sample's weight, as `Influence` whose columns are the samples; for a list of queries a list.
 
@@ -130,7 +129,8 @@ def second_order(run, query, samples, at=None, removal="always", memory=2**30, p
 
 def _derivatives(run, queries, samples, times, removal, memory=2**30, progress=False):
     "`[2, queries, K, starts, m]`: first and second derivative of the queries by the samples' weights, from each start on"
-    starts, values = [0] if removal == "always" else [0, *map(int, times[:-1])], np.zeros((2, len(queries), len(times), 1 if removal == "always" else len(times), len(samples)))
+    starts = removal_starts(removal, times)
+    values = np.zeros((2, len(queries), len(times), len(starts), len(samples)))
     with untouched(run.model), twice_differentiable(run.model) as moved:
         taylor = _Taylor(run, moved)
         if why := taylor.vmap_fails(): raise RuntimeError(f"the second order is vectorised, and vmap can't train this model ({why}): use leave_one_out, which is exact")
@@ -249,7 +249,7 @@ def _squared_norms(module, x, slope):
     else: weight, total = (slope.mT @ x).flatten(1).square().sum(1), slope.sum(1)
     return weight if module.bias is None else weight + total.square().sum(1)
 
-# %% ../nbs/08_errors.ipynb #b8ae9039
+# %% ../nbs/08_errors.ipynb #71a35057
 class _ErrorSweep(SharedSweep):
     "The sweep, which also adds up how far each sample has pushed"
     def __init__(self, asked, rows, pull, begin=None):
@@ -280,10 +280,9 @@ class _ErrorSweep(SharedSweep):
         length = self.lengths.take(len(part.idx)).double()
         d = torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1) for v in direction.values()]).norm(dim=0).double()
         super().pull_part(t, part, graph, direction, direct)
-        push = self.push[:self.m] if self.removal == "always" else self.push[:self.m, int(np.searchsorted(self.times, t, side="right"))]
-        push.index_add_(1, part.idx.to(push.device), d[:, None] * length)
+        self.live(self.push, t).index_add_(1, part.idx.to(self.push.device), d[:, None] * length)
 
-# %% ../nbs/08_errors.ipynb #f49d766d
+# %% ../nbs/08_errors.ipynb #f82c2d2a
 class _Errors(Answer):
     "The blocks' sweeps, and the proxies that they make together"
     kind = _ErrorSweep
@@ -294,15 +293,13 @@ class _Errors(Answer):
         for whole, part in ((self.push, sweep.push), (self.unit, sweep.unit), (self.bend, sweep.bend)): whole[sweep.rows] = part
 
     def proxies(self):
-        Q, K = len(self.queries), len(self.times)
-        push, unit, bend = (v.view(K, Q, *v.shape[1:]).flip(0).cpu().numpy() for v in (self.push, self.unit, self.bend))       # rows joined last boundary first
-        if self.asked.removal == "window": push = push[:, :, ::-1].cumsum(2)[:, :, ::-1]
+        push, unit, bend = map(self.by_boundary, (self.push, self.unit, self.bend))
         def each(v, i): return v[:, i].reshape(-1, *[1] * (push.ndim - 2))
         for i, infl in enumerate(self.results()):
             P = each(bend, i) / 2 * (push[:, i] / np.maximum(each(unit, i), np.finfo(float).tiny)) ** 2
             yield ErrorProxy(**{f.name: getattr(infl, f.name) for f in fields(Windows)} | {"values": P, "method": "error proxy"}, influence=infl)
 
-# %% ../nbs/08_errors.ipynb #fa501748
+# %% ../nbs/08_errors.ipynb #57d5b938
 @dataclass(repr=False)
 class ErrorProxy(Windows):
     """About how large the error of a first-order influence is, for every sample and boundary: a heuristic to rank and to scale with, no bound.
@@ -328,11 +325,11 @@ def error_proxy(run, query, at=None, removal="always", memory=2**30, progress=Tr
 
     Raises NotImplementedError if the model trains no such layer; otherwise as `influence`. Source of the idea: Deng et al. 2026, arXiv 2605.18814 (abstract)."""
     queries, several, times = asked(run, query, at, removal)
-    question = Asked(run, queries, times, removal, False, False, Ranks(False), None)
+    question = Asked(run, queries, times, removal)
     found = list(_Errors(question, plan_sweep(question, memory), PullBack(), None).swept(progress).proxies())
     return found if several else found[0]
 
-# %% ../nbs/08_errors.ipynb #0309b70c
+# %% ../nbs/08_errors.ipynb #6cae76c2
 @dataclass(repr=False)
 class Calibration:
     """Intervals `estimate ± error` that hold the exact effect of a random sample with probability `coverage` or more, in each window.
@@ -353,7 +350,7 @@ class Calibration:
     def scores(self, t1=0, t2=None):
         "Return the errors of the removed samples `[m]` in that unit; 0 where there is none, however small the unit."
         e = np.abs(aligned(self.estimate, self.true, t1, t2) - self.true.window(t1, t2))
-        scale = self.scale(t1, t2)[[self.estimate.columns[int(j)] for j in self.true.samples]]
+        scale = self.scale(t1, t2)[self.estimate.positions(self.true.samples)]
         return np.divide(e, scale, out=np.where(e > 0, np.inf, 0.), where=scale > 0)
 
     def factor(self, t1=0, t2=None):

@@ -28,7 +28,7 @@ from .store import in_bytes, sealed, tagged, unsealed, untagged, write_atomicall
 from .trajectory import check_arrival, named_step, replayed_steps, tolerance
 from .updates import carried
 
-# %% ../nbs/06_estimator.ipynb #9e285be5
+# %% ../nbs/06_estimator.ipynb #2446c304
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -91,7 +91,7 @@ def influence(run, query, at=None, removal="always", per_step=False, per_token=F
 def plan_influence(run, query, at=None, removal="always", per_step=False, per_token=False, memory=2**30, checkpoint=None, smooth=None):
     "Return the `SweepPlan` of an `influence` with the same arguments in this process: what it will compute and how much memory it will take, by measuring one step and the queries."
     queries, _, times = asked(run, query, at, removal)
-    return plan_sweep(Asked(run, queries, times, removal, per_step, per_token, Ranks(False), None, smoothing(run, smooth, int(times[-1]))), memory, bool(checkpoint))
+    return plan_sweep(Asked(run, queries, times, removal, per_step, per_token, width=smoothing(run, smooth, int(times[-1]))), memory, bool(checkpoint))
 
 # %% ../nbs/06_estimator.ipynb #5c0f8afb
 def shown(progress):
@@ -158,7 +158,7 @@ def smoothing(run, smooth, stop):
     if isinstance(smooth, bool) or not isinstance(smooth, (int, float)) or not 0 < smooth < np.inf: raise ValueError(f"smooth must be None, 'auto' or a width above 0, in standard deviations of the values that meet a kink, not {smooth!r}")
     return float(smooth)
 
-# %% ../nbs/06_estimator.ipynb #d1fb80cc
+# %% ../nbs/06_estimator.ipynb #d3790e2c
 @dataclass(frozen=True)
 class Asked:
     "What a sweep is asked, by whom: run, queries, sorted boundaries `times` `[K]`, options, and the ranks that share it."
@@ -166,10 +166,10 @@ class Asked:
     queries: list
     times: np.ndarray
     removal: str
-    per_step: bool
-    per_token: bool
-    ranks: Any
-    split: str | None
+    per_step: bool = False
+    per_token: bool = False
+    ranks: Any = Ranks(False)
+    split: str | None = None
     width: float | None = None
 
     @property
@@ -322,7 +322,7 @@ class _Steps(_Adjoints):
         before = {k: state.params[k] for k in names}
         check_arrival(before, self.run.rule.step(before, slots, G, settings)[0], recorded, t + 1)
 
-# %% ../nbs/06_estimator.ipynb #05ccb70a
+# %% ../nbs/06_estimator.ipynb #e36c19ca
 class Sweep(_Steps):
     "The sweep itself, of some `rows`, from their last boundary to step 0"
     def __init__(self, asked, rows, pull, begin=None):
@@ -380,10 +380,13 @@ class Sweep(_Steps):
             if k in direct: direct[k].add_(v)
             else: self.adjoint[k] = v if k in graph.moved else statistics[k] + v        # what did not move goes on as it is
 
+    def live(self, A, t):
+        "The rows of `A` that are alive in step `t`; for removal inside windows in the segment in which it lies"
+        return A[:self.m] if self.removal == "always" else A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
+
     def add(self, t, idx, products):
         if products.ndim > 2 and not self.per_token: products = products.sum(2)
-        A = self.A[:self.m] if self.removal == "always" else self.A[:self.m, int(np.searchsorted(self.times, t, side="right"))]
-        A.index_add_(1, idx.to(self.run.device), products, alpha=-1)
+        self.live(self.A, t).index_add_(1, idx.to(self.run.device), products, alpha=-1)
         if self.uses is not None: self.uses.append((t, idx.numpy(), -products.cpu().numpy()))
 
 # %% ../nbs/06_estimator.ipynb #210bbf87
@@ -469,14 +472,14 @@ class Checkpoint:
 
     def remove(self): self.path.unlink(missing_ok=True)
 
-# %% ../nbs/06_estimator.ipynb #db4fba6c
+# %% ../nbs/06_estimator.ipynb #c70226fd
 class Answer:
     "The blocks' sweeps, of a `kind`, one after the other, and what they know together, as `Influence`"
     kind = SharedSweep
 
     def __init__(self, asked, plan, pull, checkpoint):
         self.asked, self.plan, self.pull, self.checkpoint, self.run, self.queries, self.times, self.ranks = asked, plan, pull, checkpoint, asked.run, asked.queries, asked.times, asked.ranks
-        self.A, self.baseline, self.rough, self.uses = None, np.zeros((len(self.queries), len(self.times))), 0., None
+        self.A, self.baseline, self.rough, self.uses, self.repeated = None, np.zeros((len(self.queries), len(self.times))), 0., None, 0
 
     def swept(self, progress):
         "Run the sweeps, from where a checkpoint says, if there is one."
@@ -524,16 +527,20 @@ class Answer:
         if self.rough > .01:
             warnings.warn(f"{self.run.rule.name} is not smooth at {self.rough:.0%} of the parameters in some step: the root of their second moment is below 10 eps, so that any change of their gradient "
                           "is divided by next to nothing; compare with leave_one_out, or train with a larger eps", stacklevel=3)
-        Q, K = len(self.queries), len(self.times)
+        Q = len(self.queries)
         if not self.A.isfinite().all():
             names = ", ".join(q.name for i, q in enumerate(self.queries) if not self.A[i::Q].isfinite().all())
             raise FloatingPointError(f"the influence on {names} is not finite: either the query's gradient is not, or the training enlarges small changes beyond what numbers can hold; "
                                      "look at the query, ask for earlier boundaries, or record in float64 with a smaller learning rate")
-        A = self.A.view(K, Q, *self.A.shape[1:]).flip(0).cpu().numpy()                  # rows joined last boundary first
-        if self.asked.removal == "window": A = A[:, :, ::-1].cumsum(2)[:, :, ::-1]             # from a segment's contributions to "from here on"
+        A = self.by_boundary(self.A)
         return [Influence.of(self.run, q, np.ascontiguousarray(A[:, i]), self.times, np.arange(self.run.n_samples), self.baseline[i], self.asked.removal,
                              "first order" if self.asked.width is None else "first order, kinks smoothed", uses=self._uses_of(i), notes=notes, length=self.run.length if self.asked.per_token else None)
                 for i, q in enumerate(self.queries)]
+
+    def by_boundary(self, rows):
+        "What the rows of all boundaries and queries say, `[K, Q, ...]`; for removal inside windows from each start on"
+        v = rows.view(len(self.times), len(self.queries), *rows.shape[1:]).flip(0).cpu().numpy()            # rows joined last boundary first
+        return v[:, :, ::-1].cumsum(2)[:, :, ::-1] if self.asked.removal == "window" and v.ndim > 2 else v          # from a segment's contributions to "from here on"
 
     def _uses_of(self, i):
         if self.uses is None: return None

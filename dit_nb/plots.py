@@ -305,7 +305,7 @@ def plot_samples(infl, dataset=None, t1=0, t2=None, k=8, axes=None):
     if own: _settle(axes.flat[0].figure)
     return axes[:, :m] if images else axes
 
-# %% ../nbs/11_plots.ipynb #34e94cb7
+# %% ../nbs/11_plots.ipynb #97210bf1
 VERDICTS = {"reliable": "#009E73", "ranking only": "#E69F00", "not reliable: verify": "#D55E00"}
 _TRUST = {"exact": "k", "reliable": VERDICTS["reliable"], "sign only": VERDICTS["ranking only"], "not reliable: verify": VERDICTS["not reliable: verify"]}
 
@@ -335,7 +335,7 @@ def _verdicts(ax, table):
 def _with_intervals(ax, d, t1, t2):
     "Estimate against truth of the removed samples: hollow the strongest, with bars the others"
     x, y, e = d.true.window(t1, t2), aligned(d.infl, d.true, t1, t2), _power(d.infl.window(t1, t2))
-    at = [d.infl.columns[int(j)] for j in d.true.samples]
+    at = d.infl.positions(d.true.samples)
     ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
     ends = ends + np.array([-.06, .06]) * (np.ptp(ends) or 1)
     ax.plot(ends, ends, color=_GREY, lw=.8, zorder=1)

@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'shuffled', 'order_is_free', 'moved_start', 'rounded_start'
            'largest_eigenvalue', 'sharpness', 'perturbed', 'smoothness', 'directions', 'metasmoothness', 'along',
            'sides', 'Health', 'beyond', 'health']
 
-# %% ../nbs/08_repeats.ipynb #274f4db6
+# %% ../nbs/08_repeats.ipynb #5844b17d
 import math, operator, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 
 from .counterfactual import Retraining, leave_one_out
-from .distributed import Ranks
 from .estimator import Asked, Answer, boundaries, influence, plan_sweep, progress_bar
 from .kinks import flipped, kink_patterns
 from .queries import as_queries
@@ -253,7 +252,7 @@ def ensemble(run, query, repeats=8, scale=.01, at=None, exact=None, seed=0, prog
     if exact is not None: results[0] = [replace(e, exact=x) for e, x in zip(*results)]
     return results[0] if several else results[0][0]
 
-# %% ../nbs/08_repeats.ipynb #99154215
+# %% ../nbs/08_repeats.ipynb #bdb64b06
 class _Normed(Answer):
     "A sweep that notes the norm of each boundary's adjoint at each step: `norms` `[K, T + 1]`, NaN after the boundary"
     def sweep(self, i, sweep, name, progress):
@@ -271,7 +270,7 @@ def adjoint_norms(run, query, at=None, memory=2**30, progress=False):
     """Return `(norms, influence)`: the Euclidean norm of the derivative of a query at each boundary by the parameters before each step, `[K, T + 1]` (NaN behind the boundary), and the `Influence` that the same sweep gives."""
     queries, times = as_queries(query)[0], boundaries(run, at)
     if len(queries) > 1: raise ValueError("one query at a time: call it for each")
-    question = Asked(run, queries, times, "always", False, False, Ranks(False), None)
+    question = Asked(run, queries, times, "always")
     plan = plan_sweep(question, memory)
     answer = _Normed(question, plan, PullBack(rows=plan.batched), None)
     answer.norms = np.full((len(times), int(times[-1]) + 1), np.nan)

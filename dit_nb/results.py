@@ -21,7 +21,7 @@ from .queries import Query, as_query
 from .store import sealed, tagged, unsealed, untagged, write_atomically
 from .trajectory import named_step
 
-# %% ../nbs/05_results.ipynb #f9b3a031
+# %% ../nbs/05_results.ipynb #23e8ab1d
 @dataclass(repr=False)
 class Windows:
     "Values at boundaries, and how windows are read from them; the arithmetic of `Influence`, whose fields these are."
@@ -74,6 +74,11 @@ class Windows:
         "Where each sample (or set) stands: `{sample: column}`."
         return {j: c for c, j in enumerate(map(int, self.samples) if self.samples.ndim == 1 else map(tuple, self.samples.tolist()))}
 
+    def positions(self, samples):
+        "Return the columns in which these samples stand, `[m]`; KeyError for one that the result lacks."
+        columns = self.columns
+        return np.array([columns[int(j)] for j in samples], dtype=int)
+
     def select(self, columns):
         "Return the result for some of its columns (positions or a mask), in that order."
         columns = np.arange(len(self.samples))[columns]
@@ -91,7 +96,7 @@ def shortened(times):
     t = [str(int(x)) for x in times]
     return ", ".join(t if len(t) <= 6 else [*t[:3], "...", *t[-2:]])
 
-# %% ../nbs/05_results.ipynb #c7b72f83
+# %% ../nbs/05_results.ipynb #a7d7334e
 @dataclass(repr=False)
 class Influence(Windows):
     """The effect on a query of removing each sample, at every boundary of a run.
@@ -135,7 +140,7 @@ class Influence(Windows):
         picks = {up: [c for c in order[::-1][:k] if v[c] > 0], down: [c for c in order[:k] if v[c] < 0]}
         rows = [(self.samples[c], v[c], effect) for effect in sorted(picks, key=lambda e: e != "helpful") for c in picks[effect]]
         frame = pd.DataFrame(rows, columns=["sample", "influence", "effect"]).astype({"sample": int, "influence": float})
-        if self.method == "mixed": frame["exact"] = self.exact[[self.columns[j] for j in frame["sample"]]]
+        if self.method == "mixed": frame["exact"] = self.exact[self.positions(frame["sample"])]
         labels = getattr(getattr(self.run, "dataset", None), "y", None)
         if labels is not None and self.groups is None: frame.insert(1, "label", torch.as_tensor(labels).cpu().numpy()[frame["sample"]])
         return frame

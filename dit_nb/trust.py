@@ -66,7 +66,7 @@ def verdict(found):
     if found["pearson"][1] >= THRESHOLDS["pearson"] and found["relative_error"][1] <= THRESHOLDS["relative_error"]: return "reliable"
     return "ranking only" if found["spearman"][1] >= THRESHOLDS["spearman"] else "not reliable: verify"
 
-# %% ../nbs/08_trust.ipynb #049a24a3
+# %% ../nbs/08_trust.ipynb #a7905df2
 @dataclass(repr=False)
 class Diagnosis:
     """How far an `Influence` can be trusted, from exact removals of some samples.
@@ -75,7 +75,7 @@ class Diagnosis:
       samples' intervals relative to the root mean square of the effects, and the `verdict`
     - `samples(t1, t2)`: a frame with a row for each sample
     - `infl`: what was diagnosed; `true`: the exact results, of which the first `strongest` were chosen, the others drawn at random; `calibration`: the intervals
-    - `health`: the symptoms of the run, if they were looked for; `worries`, what is beyond its limit, and what to do about it"""
+    - `health`: the symptoms of the run, if they were looked for; its `worries` say what is beyond its limit, and what to do about it"""
     infl: Influence
     true: Influence
     strongest: int
@@ -92,8 +92,8 @@ class Diagnosis:
         """Return a frame of all samples in a window: `sample`, `influence` (the exact one where it is known), `error` (half-width of the interval in which the truth lies with
         the probability `coverage`; 0 where exact), `exact`, and `trust`: `exact`; `reliable`, if the error is at most 30 % of the influence; `sign only`, if it is smaller than the influence; else `not reliable: verify`."""
         v, error, exact = self.infl.window(t1, t2), self.calibration.error(t1, t2), np.isin(self.infl.samples, self.true.samples)
-        v, at = v.copy(), [self.infl.columns[int(j)] for j in self.true.samples]
-        v[at], error = self.true.window(t1, t2), np.where(exact, 0., error)
+        v = v.copy()
+        v[self.infl.positions(self.true.samples)], error = self.true.window(t1, t2), np.where(exact, 0., error)
         kinds = [exact, error <= THRESHOLDS["relative_error"] * np.abs(v), error < np.abs(v)]
         return pd.DataFrame({"sample": self.infl.samples, "influence": v, "error": error, "exact": exact, "trust": np.select(kinds, ["exact", "reliable", "sign only"], "not reliable: verify")})
 
@@ -126,7 +126,7 @@ def diagnose(run, infl, budget=64, coverage=.9, causes=None, seed=0, progress=Tr
     if causes is None: causes = (table["verdict"] != "reliable").any()
     return Diagnosis(infl, true, k, table, calibration, health(run, infl.query, at=infl.times, progress=progress) if causes else None)
 
-# %% ../nbs/08_trust.ipynb #aa8a5cdd
+# %% ../nbs/08_trust.ipynb #86bb3d38
 def refine(infl, budget=16, by="strongest", t1=0, t2=None, progress=True, **kw):
     """Return the result with `budget` more of its columns exact (`method` `"mixed"`, `exact` tells which), by retraining; `kw` goes to `leave_one_out`.
 
@@ -138,7 +138,7 @@ def refine(infl, budget=16, by="strongest", t1=0, t2=None, progress=True, **kw):
     known, size = infl.exact.copy(), np.abs(infl.window(t1, t2))
     values = infl.values.copy()
     def put(true):
-        at = [infl.columns[int(j)] for j in true.samples]
+        at = infl.positions(true.samples)
         values[..., at], known[at] = true.values, True
     if by != "strongest":
         if by.infl.query.name != infl.query.name or not np.array_equal(by.infl.times, infl.times) or by.infl.removal != infl.removal: raise ValueError("the diagnosis is about another result: diagnose this one")
