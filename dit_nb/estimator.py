@@ -322,9 +322,11 @@ class _Steps(_Adjoints):
         before = {k: state.params[k] for k in names}
         check_arrival(before, self.run.rule.step(before, slots, G, settings)[0], recorded, t + 1)
 
-# %% ../nbs/06_estimator.ipynb #e36c19ca
+# %% ../nbs/06_estimator.ipynb #dc8d1c03
 class Sweep(_Steps):
-    "The sweep itself, of some `rows`, from their last boundary to step 0"
+    "The sweep itself, of some `rows`, from their last boundary to step `stop`, the start of the run"
+    stop = 0
+
     def __init__(self, asked, rows, pull, begin=None):
         super().__init__(asked, rows, begin)
         self.pull, self.removal, self.settings, self.per_token, self.uses = pull, asked.removal, None, asked.per_token, [] if asked.per_step else None
@@ -333,7 +335,7 @@ class Sweep(_Steps):
     def back(self, moved, name, progress, after_step):
         "The whole sweep, with the model set up once; `moved` collects running statistics; `after_step(t)` is called when step `t` is done"
         self.moved = moved
-        steps = progress_bar(range(self.begin - 1, -1, -1) if self.rows else (), name, progress)
+        steps = progress_bar(range(self.begin - 1, self.stop - 1, -1) if self.rows else (), name, progress)
         for t in steps if self.split == "batch" else self.ranks.alert(steps):           # ranks that share batches meet in every step
             self.step(t)
             after_step(t)

@@ -21,7 +21,7 @@ from .queries import Query, as_query
 from .store import sealed, tagged, unsealed, untagged, write_atomically
 from .trajectory import named_step
 
-# %% ../nbs/05_results.ipynb #23e8ab1d
+# %% ../nbs/05_results.ipynb #b9410bc0
 @dataclass(repr=False)
 class Windows:
     "Values at boundaries, and how windows are read from them; the arithmetic of `Influence`, whose fields these are."
@@ -42,6 +42,12 @@ class Windows:
     notes: dict = field(default_factory=dict)
     length: int | None = None
     n_samples: int | None = None
+
+    @classmethod
+    def of(cls, run, query, values, times, samples, baseline, removal, method, **kw):
+        "Return the result of a computation on `run`, which gives the rest: its dtype, folder, length and marks."
+        return cls(values, times, samples, baseline, query, removal, method, str(run.dtype).removeprefix("torch."), str(run.path), run.steps,
+                   dict(run.marks), run, n_samples=run.n_samples, **kw)
 
     def step(self, t):
         "Return the step of a boundary given as step or mark's name; 0 and `'start'` are the beginning, None the last boundary."
@@ -96,7 +102,7 @@ def shortened(times):
     t = [str(int(x)) for x in times]
     return ", ".join(t if len(t) <= 6 else [*t[:3], "...", *t[-2:]])
 
-# %% ../nbs/05_results.ipynb #a7d7334e
+# %% ../nbs/05_results.ipynb #c4bc03d9
 @dataclass(repr=False)
 class Influence(Windows):
     """The effect on a query of removing each sample, at every boundary of a run.
@@ -116,12 +122,6 @@ class Influence(Windows):
     def effects(self):
         "What a positive and what a negative influence is called: helpful and harmful in the query's better direction, if it has one."
         return {"lower": ("helpful", "harmful"), "higher": ("harmful", "helpful")}.get(self.query.better, ("removal raises", "removal lowers"))
-
-    @classmethod
-    def of(cls, run, query, values, times, samples, baseline, removal, method, **kw):
-        "Return the result of a computation on `run`, which gives the rest: its dtype, folder, length and marks."
-        return cls(values, times, samples, baseline, query, removal, method, str(run.dtype).removeprefix("torch."), str(run.path), run.steps,
-                   dict(run.marks), run, n_samples=run.n_samples, **kw)
 
     @property
     def exact(self):

@@ -227,16 +227,17 @@ def as_written(model):
         _switch(now)
         for m, forward in patched.items(): m.forward = forward
 
-# %% ../nbs/01_sensitivity.ipynb #b8d11f4b
+# %% ../nbs/01_sensitivity.ipynb #ba784e5e
 class BatchGradient:
     """The gradient `G(theta, w)` of a batch, ready to be pulled back along any number of directions.
 
     `losses` `[B]` (or `[B, L]`, one per token) are the batch's, with their graph; `at` the leaves `{name: tensor}` that they were computed with: the `params` named
-    (default: all), of which `G` `{name: tensor}` is taken at `w = 1`, and buffers. `moved` holds what buffers become in the step, `divisor`
-    by what the sum of the losses is divided (default: their number)."""
-    def __init__(self, losses, at, params=None, moved=None, divisor=None):
+    (default: all), of which `G` `{name: tensor}` is taken at `w = 1`, or at other `weights` of the losses' shape, and buffers. `moved` holds what buffers become in the step,
+    `divisor` by what the sum of the losses is divided (default: their number)."""
+    def __init__(self, losses, at, params=None, moved=None, divisor=None, weights=None):
         self.losses, self.at, self.divisor, self.moved = losses.detach(), at, divisor or losses.numel(), moved or {}
-        self.w = torch.full_like(losses, 1 / self.divisor, requires_grad=True)         # w_i / B, so that no node multiplies, sums or divides
+        self.w = torch.full_like(losses, 1 / self.divisor) if weights is None else weights / self.divisor          # w_i / B, so that no node multiplies, sums or divides
+        self.w.requires_grad_()
         names = list(at) if params is None else list(params)
         G = torch.autograd.grad(losses, [at[k] for k in names], self.w, create_graph=True, materialize_grads=True)
         self.G = dict(zip(names, G))
