@@ -158,10 +158,10 @@ def smoothing(run, smooth, stop):
     if isinstance(smooth, bool) or not isinstance(smooth, (int, float)) or not 0 < smooth < np.inf: raise ValueError(f"smooth must be None, 'auto' or a width above 0, in standard deviations of the values that meet a kink, not {smooth!r}")
     return float(smooth)
 
-# %% ../nbs/06_estimator.ipynb #d3790e2c
+# %% ../nbs/06_estimator.ipynb #c62aa1cb
 @dataclass(frozen=True)
 class Asked:
-    "What a sweep is asked, by whom: run, queries, sorted boundaries `times` `[K]`, options, and the ranks that share it."
+    "What a sweep is asked, by whom: run, queries, sorted boundaries `times` `[K]`, options, the ranks that share it, and the step `since` which updates count."
     run: Any
     queries: list
     times: np.ndarray
@@ -171,6 +171,7 @@ class Asked:
     ranks: Any = Ranks(False)
     split: str | None = None
     width: float | None = None
+    since: int = 0
 
     @property
     def ends(self):
@@ -245,8 +246,9 @@ def plan_sweep(asked, memory, checkpoint=False):
     parts = {**fixed, "adjoints": rows * row, "replayed states": room * run.state_bytes if longest else 0, "batched backward": batched * graph if rows > 1 else 0,
              "answer": 8 * int(np.prod(asked.shape(len(asked.ends)))) * (5 if checkpoint else 3), "checkpoint": rows * carried_bytes if checkpoint else 0}
     lasts = [max(asked.ends[r][0] for r in b) for b in blocks if b]
-    repeated = sum(replayed_steps(min(g, last - a), room) for last in lasts for a, g in zip(stored, gaps) if g > 1 and a < last)
-    return SweepPlan(len(asked.times), len(asked.queries), blocks, sum(lasts), repeated, room, batched, parts, once * (1.5 * sum(lasts) + repeated), probe)
+    repeated = sum(replayed_steps(min(g, last - a), room) for last in lasts for a, g in zip(stored, gaps) if g > 1 and asked.since - g < a < last)
+    steps = sum(last - asked.since for last in lasts)
+    return SweepPlan(len(asked.times), len(asked.queries), blocks, steps, repeated, room, batched, parts, once * (1.5 * steps + repeated), probe)
 
 # %% ../nbs/06_estimator.ipynb #b3b0135e
 class _Adjoints:
@@ -322,11 +324,9 @@ class _Steps(_Adjoints):
         before = {k: state.params[k] for k in names}
         check_arrival(before, self.run.rule.step(before, slots, G, settings)[0], recorded, t + 1)
 
-# %% ../nbs/06_estimator.ipynb #dc8d1c03
+# %% ../nbs/06_estimator.ipynb #9e07c103
 class Sweep(_Steps):
-    "The sweep itself, of some `rows`, from their last boundary to step `stop`, the start of the run"
-    stop = 0
-
+    "The sweep itself, of some `rows`, from their last boundary to step 0, or to where the question begins"
     def __init__(self, asked, rows, pull, begin=None):
         super().__init__(asked, rows, begin)
         self.pull, self.removal, self.settings, self.per_token, self.uses = pull, asked.removal, None, asked.per_token, [] if asked.per_step else None
@@ -335,7 +335,7 @@ class Sweep(_Steps):
     def back(self, moved, name, progress, after_step):
         "The whole sweep, with the model set up once; `moved` collects running statistics; `after_step(t)` is called when step `t` is done"
         self.moved = moved
-        steps = progress_bar(range(self.begin - 1, self.stop - 1, -1) if self.rows else (), name, progress)
+        steps = progress_bar(range(self.begin - 1, self.asked.since - 1, -1) if self.rows else (), name, progress)
         for t in steps if self.split == "batch" else self.ranks.alert(steps):           # ranks that share batches meet in every step
             self.step(t)
             after_step(t)

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['labels_of', 'with_labels', 'label_losses', 'LabelledRun', 'LabelInfluence', 'label_influence', 'class_count']
 
-# %% ../nbs/09_labels.ipynb #eccd40d6
+# %% ../nbs/09_labels.ipynb #7cb7bea6
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-import pandas as pd
 import torch
 
-from .estimator import Answer, Asked, SharedSweep, asked, plan_sweep
+from .estimator import Answer, Asked, asked, plan_sweep
 from .results import Windows
 from .sensitivity import BatchGradient, PullBack, check_losses, untouched
 from .trajectory import Run
@@ -129,11 +127,7 @@ class LabelInfluence(Windows):
                 f"  removal:  {self.removal!r}, {changed}\n"
                 f"  times:    {len(self.times)} boundaries, {', '.join(map(str, self.times[:4]))}{', ...' if len(self.times) > 4 else ''}")
 
-# %% ../nbs/09_labels.ipynb #86cdae6d
-def _between(t1):
-    "The sweep that ends at step `t1`"
-    return type("Between", (SharedSweep,), {"stop": t1})
-
+# %% ../nbs/09_labels.ipynb #e4efca1e
 def label_influence(run, query, at=None, removal="always", since=0, classes=None, labels=None, memory=2**30, progress=True):
     """Return the first-order influence of every sample under every label on a query, as `LabelInfluence`; for a list of queries a list, from the same sweep.
 
@@ -150,7 +144,7 @@ def label_influence(run, query, at=None, removal="always", since=0, classes=None
     results = [LabelInfluence.of(run, q, v, times, np.arange(run.n_samples), b, removal, "first order", length=view.length, given=given, losses=losses, since=since) for q, v, b in zip(queries, values, base)]
     return results if several else results[0]
 
-# %% ../nbs/09_labels.ipynb #f728aa17
+# %% ../nbs/09_labels.ipynb #305cf491
 def class_count(run, given):
     "Return the number of classes: those of the data set, and at least up to the largest of the `given` labels."
     known = getattr(run.dataset, "classes", None)
@@ -159,11 +153,9 @@ def class_count(run, given):
 def _answer(view, queries, window, memory, progress):
     "`(values, baselines)` `[Q, K, ...]` of a window's own sweep"
     t1, t2 = window
-    question = Asked(view, queries, np.atleast_1d(t2), "always", per_token=True)
+    question = Asked(view, queries, np.atleast_1d(t2), "always", per_token=True, since=t1)
     plan = plan_sweep(question, memory)
-    answer = Answer(question, plan, PullBack(rows=plan.batched), None)
-    answer.kind = _between(t1)
-    found = answer.swept(progress).results()
+    found = Answer(question, plan, PullBack(rows=plan.batched), None).swept(progress).results()
     return np.stack([f.values for f in found]), np.stack([f.baseline for f in found])
 
 def _mean_losses(view, edges):
