@@ -15,7 +15,8 @@ from dit_nb.errors import calibrate, error_proxy, second_order, with_curvature
 from dit_nb.estimator import influence, plan_influence
 from dit_nb.kinks import kink_patterns, smooth_kinks
 from dit_nb.labels import LabelInfluence, label_influence
-from dit_nb.plots import plot_agreement, plot_diagnosis, plot_influence, plot_patterns, plot_samples, plot_stages, plot_summary, plot_window
+from dit_nb.plots import (plot_agreement, plot_corrupted, plot_diagnosis, plot_influence, plot_opinions, plot_patterns, plot_samples, plot_stages,
+                          plot_summary, plot_window)
 from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
                             prediction_query)
 from dit_nb.recorder import Recorder, plan_recording
@@ -30,6 +31,6 @@ __all__ = ["Bound", "Cleansed", "Diagnosis", "Ensemble", "Influence", "LabelInfl
            "compare", "corrupt_labels", "detection", "diagnose", "digits", "emnist", "ensemble", "error_bound", "error_proxy", "fashion_mnist",
            "fetch", "find_corrupted", "gradient_norm_query", "health", "idx_images", "influence", "input_gradient_query", "kink_patterns",
            "label_influence", "leave_one_out", "load_influence", "loss_query", "margin_query", "mnist", "newsgroups", "open_run", "parameter_query",
-           "patterns", "phases", "plan_influence", "plan_recording", "plot_agreement", "plot_diagnosis", "plot_influence", "plot_patterns",
-           "plot_samples", "plot_stages", "plot_summary", "plot_window", "prediction_query", "refine", "remove", "repeatability", "repetition",
-           "restore_labels", "second_order", "smooth_kinks", "stages", "supervised", "verify", "with_curvature"]
+           "patterns", "phases", "plan_influence", "plan_recording", "plot_agreement", "plot_corrupted", "plot_diagnosis", "plot_influence",
+           "plot_opinions", "plot_patterns", "plot_samples", "plot_stages", "plot_summary", "plot_window", "prediction_query", "refine", "remove",
+           "repeatability", "repetition", "restore_labels", "second_order", "smooth_kinks", "stages", "supervised", "verify", "with_curvature"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'DETECTORS', 'losses_at', 'final_loss', 'mean_loss', 'in_step', 'forgotten', 'labelled', 'forgetting',
            'out_of_fold', 'peer', 'confident_learning', 'step_sizes', 'products', 'tracin', 'attribution_task',
-           'training_loader', 'in_peer', 'self_influence', 'influence_function', 'dvemb', 'detectors']
+           'training_loader', 'in_peer', 'self_influence', 'influence_function', 'curvature', 'dvemb', 'detectors']
 
 # %% ../nbs/10_baselines.ipynb #2f644ad3
 import importlib, io, time, warnings
@@ -181,13 +181,13 @@ def self_influence(run, at=None):
         attributor.projector_kwargs = None              # else it projects on random directions, also where it is told None
         with twice_differentiable(attributor.task.model): return attributor.self_attribute(training_loader(run, 64, single=True)).numpy()
 
-# %% ../nbs/10_baselines.ipynb #6c5c16d9
+# %% ../nbs/10_baselines.ipynb #a68c860a
 SOLVERS = {"explicit": "IFAttributorExplicit", "cg": "IFAttributorCG", "datainf": "IFAttributorDataInf"}
 
 def influence_function(run, query=None, at=None, damping=None, solver=None, layers=None, **kw):
     """Return the influence function of every sample on a query at each boundary in `at` (default: the end alone), by dattri, as an `Influence`; without a query the self-influence `[n]` at the end, which is that on the sample's own loss.
 
-    `damping`: what is added to the Hessian's eigenvalues (default: 1 / the sum of the learning rates up to there). `solver`: `"explicit"` (up to some 1,000 parameters; torch.func's Hessian, which is slightly off in LayerNorm's weights), `"cg"` (conjugate gradients, 10 iterations unless `max_iter` says otherwise) or
+    `damping`: what is added to the Hessian's eigenvalues (default: 1 / the sum of the learning rates up to there). `solver`: `"explicit"` (up to some 1,000 parameters; the representations are dattri's and the Hessian our own double backward, since dattri's takes all samples through all of the network at once, many GB for images), `"cg"` (conjugate gradients, 10 iterations unless `max_iter` says otherwise) or
     `"datainf"`; default: `"cg"` for a query, `"explicit"` without. `layers`: names of the parameters to look at; default: all, but for the self-influence of more than 1,000 parameters those of the last layer. `kw` goes to dattri's attributor.
     Source: Koh and Liang 2017, arXiv 1703.04730. ValueError for other solvers, ArithmeticError where one gives no numbers."""
     solver = solver or ("cg" if query else "explicit")
@@ -202,12 +202,28 @@ def _last_layer(run):
     if sum(int(np.prod(s)) for _, s in run.meta["params"].values()) <= 1000: return None
     return [k for k in names if k.rpartition(".")[0] == names[-1].rpartition(".")[0]]
 
+def curvature(run, t, names):
+    "Return the Hessian `[p, p]` of the mean training loss, by the parameters `names` together, at the state before step `t`, in evaluation mode."
+    state, H = run.state(t), 0.
+    at = {k: v.detach().requires_grad_(k in names) for k, v in state.params.items()}
+    with untouched(run.model, []), torch.enable_grad(), twice_differentiable(run.model):
+        for idx in torch.arange(run.n_samples).split(256):
+            batch = fetch(run.dataset, idx, run.device, run.collate_fn)
+            loss = call_with(run.model, {**state.buffers, **at}, lambda m: run.loss_fn(m, batch).sum() / (run.n_samples * (run.length or 1)))
+            g = torch.cat([v.flatten() for v in torch.autograd.grad(loss, [at[k] for k in names], create_graph=True, materialize_grads=True)])
+            rows = [torch.autograd.grad(x, [at[k] for k in names], retain_graph=True, materialize_grads=True) for x in g]
+            H = H + torch.stack([torch.cat([v.flatten() for v in r]) for r in rows])
+    return H.detach()
+
 def _attributed(run, query, t, damping, solver, layers, kw):
     if damping is None: damping = 1 / sum(max(step_sizes(run, s).values()) for s in range(t))
     task = attribution_task(run, [t], query)
     with in_peer(run), twice_differentiable(task.model):
         attributor = getattr(peer("dattri.algorithm"), SOLVERS[solver])(task, layer_name=layers, device=run.device, regularization=damping, **kw)
-        attributor.cache(training_loader(run, run.n_samples))                       # one batch: dattri adds up the inverses of several
+        if solver == "explicit":
+            H = curvature(run, t, layers or list(run.meta["params"]))
+            attributor.transform_test_rep = lambda _, g: torch.linalg.solve(H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device), g.T).T
+        else: attributor.cache(training_loader(run, run.n_samples))                 # one batch: dattri adds up the inverses of several
         def batches(): return (attributor.generate_train_rep(0, tuple(v.to(run.device)[None] for v in batch)) for batch in training_loader(run, 64))
         if query:
             slope = attributor.transform_test_rep(0, attributor.generate_test_rep(0, (torch.zeros(1, 1, 1, device=run.device),)))
