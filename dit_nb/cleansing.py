@@ -7,7 +7,8 @@ __all__ = ['SHARPNESS', 'WEIGHT', 'WINDOWS', 'converging', 'query_at', 'opinion_
            'share_of_wrong', 'sharpness_in_training', 'find_corrupted', 'losses_of_labels', 'harm', 'detection',
            'Cleansed', 'cleanse']
 
-# %% ../nbs/10_cleansing.ipynb #a6dcf52d
+# %% ../nbs/10_cleansing.ipynb #a8a33f93
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ def sharpness_in_training(log_p, y):
 def _best(f, low, high): return float(minimize_scalar(f, bounds=(low, high), method="bounded").x)
 def _surprise(p, share, classes): return -np.log(np.maximum((1 - share) * p + share * (1 - p) / (classes - 1), np.finfo(float).tiny)).mean()
 
-# %% ../nbs/10_cleansing.ipynb #00fa8e77
+# %% ../nbs/10_cleansing.ipynb #3ea1fa77
 def find_corrupted(run, val, window="converging", at=None, classes=None, labels=None, evidence=10, memory=2**30, progress=True):
     """Return a frame of all training samples, those that are most likely to carry a wrong label first: `sample`, its `given` label, the `suggested` one, `score` (how improbable the given one is), `flagged` (whether it is called wrong),
     and what that is from: `by_loss` and `by_influence`, the probabilities of the given label; `hurts`, for the first `evidence` samples, the three validation samples whose loss falls most where the sample is left out of the window, exactly.
@@ -94,7 +95,9 @@ def find_corrupted(run, val, window="converging", at=None, classes=None, labels=
     if len(queries) < 2: raise ValueError("val must have samples of two classes or more, with right labels")
     t1, t2 = _window(run, window, loss_query(run.loss_fn, val), times)
     inside = [int(t) for t in times if t1 < t <= t2]
-    found = label_influence(run, list(queries.values()), inside, "window", t1, classes, labels, memory, progress)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is not smooth at")                # only the order of the labels counts
+        found = label_influence(run, list(queries.values()), inside, "window", t1, classes, labels, memory, progress)
     view, given, seen = LabelledRun(run, found[0].length, labels), found[0].given, found[0].losses
     everyone = torch.arange(run.n_samples).split(1024)
     after = np.stack([np.concatenate([losses_of_labels(view, run.state(t), fetch(run.dataset, idx, run.device, run.collate_fn)) for idx in everyone]) for t in inside])

@@ -51,7 +51,7 @@ def label_losses(loss_fn, model, batch, classes, where=None):
     y, once = labels_of(batch, where), _Once(model)
     return torch.stack([check_losses(loss_fn(once, with_labels(batch, torch.full_like(y, c), where)), len(y)) for c in range(classes)], 1)
 
-# %% ../nbs/09_labels.ipynb #e0ef08f6
+# %% ../nbs/09_labels.ipynb #c35b0530
 class LabelledRun(Run):
     """A recorded run whose losses are those of every label, `[B, C]`, of which the given one counts.
 
@@ -60,13 +60,17 @@ class LabelledRun(Run):
     def __init__(self, run, classes, where=None):
         if run.length is not None: raise ValueError("the run was recorded with per_token=True: influence by labels is about one label for each sample")
         super().__init__(run.trajectory, run.model, run.loss_fn, run.dataset, run.collate_fn)
-        self.memory, self.length, self.where, self.seen = run.memory, classes, where, {}
+        self.run, self.memory, self.length, self.where, self.seen = run, run.memory, classes, where, {}
 
     def part_losses(self, part, data):
         if part.random: self._draw_from(part.random.get("model", {}))
         self.given = labels_of(data, self.where)
         if len(self.given) and not 0 <= int(self.given.min()) <= int(self.given.max()) < self.length: raise ValueError(f"labels run from {int(self.given.min())} to {int(self.given.max())}: give classes={int(self.given.max()) + 1} or more")
         return label_losses(self.loss_fn, self.model, data, self.length, self.where)
+
+    def _differentiate(self, model, p, parts, weights, t):
+        "A step that is trained again is the recorded one, unless weights say otherwise"
+        return (self.run if weights is None else super())._differentiate(model, p, parts, weights, t)
 
     def check_repeated(self, t, part, losses): super().check_repeated(t, part, losses.gather(1, self.given[:, None])[:, 0])
 
