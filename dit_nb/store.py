@@ -6,8 +6,8 @@
 __all__ = ['POLICIES', 'ARITY', 'FORMAT', 'TABLES', 'STEPS', 'RANDOM', 'OTHERS', 'META', 'SEGMENT_BYTES', 'SEGMENT_STATES',
            'COMMIT_BYTES', 'COMMIT_STEPS', 'COMMIT_SECONDS', 'spine', 'Schedule', 'in_bytes', 'write_atomically',
            'plain_file', 'checksum', 'save_tensors', 'tagged', 'untagged', 'sealed', 'unsealed', 'digest', 'covered',
-           'Part', 'index_type', 'describe_tensors', 'Lock', 'TrajectoryWriter', 'link', 'own_files', 'segments',
-           'leftovers', 'Commit', 'sound_settings', 'Trajectory']
+           'Part', 'index_type', 'describe_tensors', 'placed', 'Lock', 'TrajectoryWriter', 'link', 'own_files',
+           'segments', 'leftovers', 'Commit', 'sound_settings', 'Trajectory']
 
 # %% ../nbs/03_store.ipynb #476da977
 import bisect, errno, gc, json, math, mmap, os, re, shutil, sqlite3, stat, tempfile, time, weakref
@@ -180,7 +180,7 @@ def unsealed(data):
     if found[1] != hash: raise ValueError("it is damaged, its checksum is not that of its contents: use a copy, or compute it again")
     return safetensors.numpy.load(data), json.loads(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]["dit_nb"])
 
-# %% ../nbs/03_store.ipynb #64e6ebd1
+# %% ../nbs/03_store.ipynb #abf5cae4
 FORMAT = 3
 
 TABLES = [table.strip() for table in """
@@ -235,6 +235,10 @@ def index_type(meta): return "<i4" if meta["n_samples"] <= 2**31 else "<i8"
 def describe_tensors(tensors):
     "Return `{name: [dtype, shape]}`, which JSON can hold."
     return {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in tensors.items()}
+
+def placed(v):
+    "Return a tensor at an address as torch's own have it, a multiple of 64: elsewhere some matrix products (MKL's, on some processors) round differently, and a repeated step would miss the recorded one by a bit."
+    return v if v.data_ptr() % 64 == 0 else v.clone()
 
 # %% ../nbs/03_store.ipynb #29359657
 class Lock:
@@ -488,7 +492,7 @@ def leftovers(path, known):
     "Return the files in the folder of a run that a crash has left behind: temporary ones, and segments that the database does not know."
     return [f for f in own_files(path) if f.name.endswith(".tmp") or (f.suffix == ".safetensors" and f.name not in known)]
 
-# %% ../nbs/03_store.ipynb #bd367697
+# %% ../nbs/03_store.ipynb #87b62c0c
 @dataclass(frozen=True)
 class Commit:
     "A commit: its number, the steps it brings the run to, whether the recording ended with it, checksums."
@@ -710,7 +714,7 @@ class Trajectory:
         "Return the stored tensors of the state at step `t`: parameters, moving buffers and slots, `{name: tensor}`."
         file, row = self._stored()[1][t]
         if file not in self._segments: self._load(file)
-        return {k: v[row] for k, v in self._segments[file].items()}
+        return {k: placed(v[row]) for k, v in self._segments[file].items()}
 
     def _load(self, file):
         "Read a segment; if its neighbour was read before, the next one in this direction is read ahead"
@@ -731,8 +735,9 @@ class Trajectory:
         "Return the tensors of one of the folder's files, after checking that they are what was written."
         if file not in self._files: raise ValueError(f"{self.path / file} is not a file of this run")
         size, hash, states = self._files[file]
-        return self._tensors(self.path / file, (size, hash), ("params", "buffers", "slots") if states else ("constants",), [len(states)] if states else [],
-                             "restore it, let check_run(..., repair=True) compute it again, or record the run again")
+        tensors = self._tensors(self.path / file, (size, hash), ("params", "buffers", "slots") if states else ("constants",), [len(states)] if states else [],
+                                "restore it, let check_run(..., repair=True) compute it again, or record the run again")
+        return tensors if states else {k: placed(v) for k, v in tensors.items()}
 
     def _tensors(self, path, check, kinds, stack, remedy):
         if not plain_file(path): raise FileNotFoundError(f"{path} is missing: {remedy}")

@@ -60,6 +60,7 @@ def test_repetitions(kind, optimizer):
         assert same.trajectory.states() == run.trajectory.states() and same.marks == run.marks and same.steps == run.steps
         for t in range(run.steps + 1):
             now = all_of(same.state(t))
+            assert all(v.data_ptr() % 64 == 0 for v in now.values() if v.numel())       # elsewhere a matrix product may round differently
             assert all(torch.equal(v, now[k]) for k, v in all_of(run.state(t)).items())
             assert all(torch.equal(v, states[t][k]) for k, v in same.state(t).params.items())
         for t in range(run.steps):
