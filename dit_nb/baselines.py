@@ -181,7 +181,7 @@ def self_influence(run, at=None):
         attributor.projector_kwargs = None              # else it projects on random directions, also where it is told None
         with twice_differentiable(attributor.task.model): return attributor.self_attribute(training_loader(run, 64, single=True)).numpy()
 
-# %% ../nbs/10_baselines.ipynb #a68c860a
+# %% ../nbs/10_baselines.ipynb #d2902810
 SOLVERS = {"explicit": "IFAttributorExplicit", "cg": "IFAttributorCG", "datainf": "IFAttributorDataInf"}
 
 def influence_function(run, query=None, at=None, damping=None, solver=None, layers=None, **kw):
@@ -211,8 +211,8 @@ def curvature(run, t, names):
             batch = fetch(run.dataset, idx, run.device, run.collate_fn)
             loss = call_with(run.model, {**state.buffers, **at}, lambda m: run.loss_fn(m, batch).sum() / (run.n_samples * (run.length or 1)))
             g = torch.cat([v.flatten() for v in torch.autograd.grad(loss, [at[k] for k in names], create_graph=True, materialize_grads=True)])
-            rows = [torch.autograd.grad(x, [at[k] for k in names], retain_graph=True, materialize_grads=True) for x in g]
-            H = H + torch.stack([torch.cat([v.flatten() for v in r]) for r in rows])
+            rows = [torch.autograd.grad(g, [at[k] for k in names], some, retain_graph=True, is_grads_batched=True, materialize_grads=True) for some in torch.eye(len(g)).to(g).split(64)]
+            H = H + torch.cat([torch.cat([v.flatten(1) for v in r], 1) for r in rows])
     return H.detach()
 
 def _attributed(run, query, t, damping, solver, layers, kw):

@@ -590,7 +590,7 @@ def known_or_infinite(out):
     "Where infinity was multiplied by 0, or subtracted, nothing is known."
     return np.where(np.isnan(out), np.inf, out)
 
-# %% ../nbs/08_bounds.ipynb #332cab62
+# %% ../nbs/08_bounds.ipynb #ee482b6c
 class _Recursions(_Along):
     "The worst case"
     def enlarged(self, injected):
@@ -600,8 +600,8 @@ class _Recursions(_Along):
         return max(float(torch.where(b > _Exact.SEEN, (a - injected) / b, 0.).max()) for b, a in zip(z, z[1:]))
 
     def worst(self):
-        "The same of the worst case: the recursion with the largest constants, in closed form"
-        T, n, K = self.T, self.n, len(self.times)
+        "The same of the worst case: the recursion with the largest constants. Step by step, because its closed form loses all digits where `q` is near 1"
+        T, n = self.T, self.n
         G, H, B, first = 0., self.among().max(), np.inf, np.full(n, T)
         for t, idx, divisor, g, curved in self.uses:
             G, H = max(G, g.max()), max(H, curved.max())
@@ -612,18 +612,11 @@ class _Recursions(_Along):
         x = c * G / B + .5 * kappa * (G / B) ** 2
         if not self.simple: q = max(q, self.enlarged(x))
         two, one, none = .5 * c * rho * read ** 2 + .5 * kappa * (1 + 2 * (H * read) ** 2), c * H / B * read, kappa * (G / B) ** 2
-        out = np.zeros((3, K, n))
+        curvature, slope = (max(v[i] for v in self.m.curved.values()) for i in (0, 1))
+        D, E = np.zeros(T + 1), np.zeros(T + 1)
         with np.errstate(all="ignore"):
-            for k, b in enumerate(self.times):
-                t = np.maximum(b - first, 0).astype(float)
-                S = np.where(q == 1, t, (q ** t - 1) / (q - 1)) if q != 1 else t                          # sum of q^s
-                D = x * S
-                if q == 1: E = two * x ** 2 * (t - 1) * t * (2 * t - 1) / 6 + one * x * t * (t - 1) / 2 + none * t
-                else:
-                    y = x / (q - 1)
-                    q1 = q ** np.maximum(t - 1, 0)
-                    E = two * y ** 2 * (q1 * S - 2 * t * q1 + S) + one * y * (t * q1 - S) + none * S
-                curvature, slope = (max(v[i] for v in self.m.curved.values()) for i in (0, 1))
-                out[:, k] = read * E, read * D, slope * read * E + .5 * curvature * (read * D) ** 2
-                out[:, k, t == 0] = 0
+            for s in range(T): D[s + 1], E[s + 1] = q * D[s] + x, q * E[s] + two * D[s] ** 2 + one * D[s] + none
+            steps = np.maximum(np.array(self.times)[:, None] - first, 0)                                 # since the first use
+            D, E = read * D[steps], read * E[steps]
+            out = np.stack([E, D, slope * E + .5 * curvature * D ** 2])
         return known_or_infinite(out)

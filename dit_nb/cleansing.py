@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARPNESS', 'WEIGHT', 'WINDOWS', 'converging', 'query_at', 'opinion_by_loss', 'opinion_by_influence', 'sharpness_of',
-           'share_of_wrong', 'sharpness_in_training', 'find_corrupted', 'losses_of_labels', 'harm', 'detection',
-           'Cleansed', 'cleanse']
+           'share_of_wrong', 'sharpness_in_training', 'find_corrupted', 'losses_of_labels', 'equal_parts', 'harm',
+           'victims', 'detection', 'Cleansed', 'cleanse']
 
 # %% ../nbs/10_cleansing.ipynb #a8a33f93
 import warnings
@@ -80,16 +80,16 @@ def sharpness_in_training(log_p, y):
 def _best(f, low, high): return float(minimize_scalar(f, bounds=(low, high), method="bounded").x)
 def _surprise(p, share, classes): return -np.log(np.maximum((1 - share) * p + share * (1 - p) / (classes - 1), np.finfo(float).tiny)).mean()
 
-# %% ../nbs/10_cleansing.ipynb #3ea1fa77
+# %% ../nbs/10_cleansing.ipynb #4874ff2d
 def find_corrupted(run, val, window="converging", at=None, classes=None, labels=None, evidence=10, memory=2**30, progress=True):
     """Return a frame of all training samples, those that are most likely to carry a wrong label first: `sample`, its `given` label, the `suggested` one, `score` (how improbable the given one is), `flagged` (whether it is called wrong),
-    and what that is from: `by_loss` and `by_influence`, the probabilities of the given label; `hurts`, for the first `evidence` samples, the three validation samples whose loss falls most where the sample is left out of the window, exactly.
+    and what that is from: `by_loss` and `by_influence`, the probabilities of the given label; `hurts`, for the first `evidence` samples, the three validation samples whose loss falls most where the sample is left out of the window, exactly (see `victims`).
     Its `attrs` hold the window and the estimated `share` of wrong labels.
 
     `val`: a batch of validation samples with right labels, a few of each class, such as `val[:]`. `window`: `"converging"` (see `converging`), `"early"`, `"middle"`, `"late"` (thirds of the run), `"full"`, or `(t1, t2)`. `at`: the
-    boundaries that cut it into windows (default: every mark; of runs with less than two, ten equal parts). `classes`, `labels`: see `label_influence`.
+    boundaries that cut it into windows (default: every mark; of runs with less than two, up to ten parts of whole epochs). `classes`, `labels`: see `label_influence`.
     Cost: about one `influence` with as many queries as classes over the window. Raises ValueError where val lacks all but one class, TypeError where labels are no class numbers."""
-    times = boundaries(run, np.unique(np.linspace(0, run.steps, 11).astype(int)[1:]).tolist() if at is None and len(run.marks) < 2 else at)
+    times = boundaries(run, equal_parts(run) if at is None and len(run.marks) < 2 else at)
     y = labels_of(val, labels)
     queries = {c: loss_query(run.loss_fn, _rows(val, (y == c).nonzero()[:, 0]), f"loss on class {c}") for c in sorted(set(y.tolist()))}
     if len(queries) < 2: raise ValueError("val must have samples of two classes or more, with right labels")
@@ -106,7 +106,7 @@ def find_corrupted(run, val, window="converging", at=None, classes=None, labels=
     frame = _ranked(opinion_by_loss(seen, after), opinion_by_influence(dict(zip(queries, found))), given, share)
     frame.attrs = {"window": (t1, t2), "name": found[0].name(t1, t2), "share": share, "run": str(run.path)}
     worst = frame["sample"][:evidence].tolist()
-    hurt = np.argsort(harm(run, worst, val, t1, t2), axis=1)[:, :3].tolist() if worst else []
+    hurt = victims(harm(run, worst, val, t1, t2)).tolist() if worst else []
     frame["hurts"] = pd.Series(hurt, dtype=object).reindex(frame.index)
     return frame
 
@@ -114,6 +114,13 @@ def losses_of_labels(view, state, batch):
     "Return the loss of every sample of a batch under every label, numpy `[B, C]`, at a `State` of a `LabelledRun`, in evaluation mode."
     with untouched(view.model, []), torch.no_grad():
         return call_with(view.model, {**view.still(state), **view.moving(state)}, lambda m: label_losses(view.loss_fn, m, batch, view.length, view.where)).double().cpu().numpy()
+
+def equal_parts(run, most=10):
+    "Return the ends, in steps, of at most `most` parts of a run, each of whole epochs (as many steps as it takes to use as many samples as the run has): a sample that a window does not use has no score there."
+    uses = torch.cat([run.batch(t) for t in range(run.steps)])
+    epochs = max(1, round(len(uses) / len(uses.unique())))
+    parts = min(epochs, most)
+    return [round(run.steps * (epochs * i // parts) / epochs) for i in range(1, parts + 1)]
 
 WINDOWS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}           # in thirds of the run
 
@@ -145,7 +152,7 @@ def _ranked(by_loss, by_influence, given, share):
     frame["flagged"] = (frame.index < round(share * frame["score"].count())) & (frame["suggested"] != frame["given"])
     return frame
 
-# %% ../nbs/10_cleansing.ipynb #01aa021d
+# %% ../nbs/10_cleansing.ipynb #df9bb2b5
 def harm(run, samples, val, t1=0, t2=None, memory=2**30):
     """Return by how much the loss of every sample of the batch `val` changes at the end of a window if a training sample is left out of it, exactly: `[m, n_val]` for `m` samples; negative where the sample harms."""
     t1, t2, rows = run.step(t1), run.step(t2), []
@@ -159,6 +166,16 @@ def harm(run, samples, val, t1=0, t2=None, memory=2**30):
             *_, (_, stack) = (re.states if re.method == "vmap" else re.looped_states)(keep, t1, [t2])
             with torch.no_grad(), in_modes(run.model, []): rows += [(losses(stack, i) - losses(stack, 0)).cpu().numpy() for i in range(1, len(keep))]
     return np.array(rows)
+
+def victims(change, k=3):
+    """Return the `k` validation samples that each training sample harms most, `[m, k]`, from the changes of `harm` `[m, n_val]`.
+
+    Some validation samples lie so near to the border between two classes that every change of the training moves them. So with three samples or more, what counts is how far a change is from the median of all samples' changes, in units
+    of how far such changes are on the mean."""
+    if len(change) > 2:
+        own = change - np.median(change, 0)
+        change = own / np.maximum(np.abs(own).mean(0), np.finfo(float).tiny)
+    return np.argsort(change, axis=1)[:, :k]
 
 # %% ../nbs/10_cleansing.ipynb #dc48d0e8
 def detection(found, wrong):

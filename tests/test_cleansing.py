@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from cases import CLASSES, crossing, tensors, train as train_plainly
 from dit_nb import (Recorder, breast_cancer, cleanse, corrupt_labels, detection, digits, find_corrupted, influence, label_influence, leave_one_out,
                     loss_query, remove, restore_labels, supervised)
-from dit_nb.cleansing import WINDOWS, converging, harm, share_of_wrong, sharpness_of
+from dit_nb.cleansing import WINDOWS, converging, equal_parts, harm, share_of_wrong, sharpness_of, victims
 from dit_nb.labels import LabelledRun, label_losses, labels_of, with_labels
 from dit_nb.models import mlp
 
@@ -274,7 +274,7 @@ def test_without_marks(tmp_path):
     run_ = recorded(DATA, network(), tmp_path / "run", marks=False, epochs=12)
     assert not run_.marks
     frame = find_corrupted(run_, VAL[:], evidence=0, progress=False)
-    assert set(frame.attrs["window"]) <= {int(t) for t in np.linspace(0, run_.steps, 11).astype(int)} and detection(frame, RECORD)["roc_auc"] > .9
+    assert set(frame.attrs["window"]) <= set(range(0, run_.steps + 1, 8)) and detection(frame, RECORD)["roc_auc"] > .9
 
 
 def test_two_classes(tmp_path):
@@ -310,7 +310,30 @@ def test_evidence_is_the_retraining(run, found):
     assert change.shape == (4, len(VAL))
     for i, e in enumerate(exact): assert np.allclose(change[:, i], e.window(t1, t2)[np.searchsorted(sorted(some), some)], rtol=1e-8, atol=1e-12)
     assert np.allclose(harm(run, some, VAL[:], t1, t2, memory=1), change, rtol=1e-8, atol=1e-12)
-    for h, row in zip(found["hurts"], change): assert np.isclose(np.sort(row[h]), np.sort(row)[:3], rtol=1e-8).all()
+    ten = harm(run, found["sample"][:10].tolist(), VAL[:], t1, t2)
+    assert victims(ten).tolist() == found["hurts"][:10].tolist()
+
+
+def test_victims_are_not_those_that_every_sample_moves():
+    change = np.zeros((5, 8))
+    change[:, 0] = -10 - np.arange(5)                                    # on the border: all changes move it
+    change[range(5), range(1, 6)] = -1.                                  # what one sample alone does
+    assert victims(change, 1)[:4, 0].tolist() == [1, 2, 3, 4] and victims(change[:2], 1)[:, 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 20])
+def test_parts_of_a_run_without_marks_use_all_samples(epochs, tmp_path):
+    "A window that did not use a sample says nothing of it: shorter parts would leave most samples of a short run without a score."
+    torch.manual_seed(0)
+    model = network()
+    rec = Recorder(model, torch.optim.SGD(model.parameters(), lr=.1), loss_fn, DATA, path=tmp_path / "run", seed=0)
+    for epoch in range(epochs):
+        for idx in torch.randperm(len(DATA)).split(20): rec.step(idx)
+    run = rec.finish()
+    parts = equal_parts(run)
+    assert not run.marks and len(parts) == min(epochs, 10) and parts[-1] == run.steps and not any(t % 10 for t in parts)
+    frame = find_corrupted(run, VAL[:], evidence=0, progress=False)
+    assert frame["score"].notna().all() and detection(frame, RECORD)["roc_auc"] > (.6 if epochs == 1 else .85)
 
 
 # --- mending -------------------------------------------------------------------------------------------------------
