@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'analyse', 'free_folder', 'main', 'report', 'save']
 
-# %% ../nbs/13_main.ipynb #d1f9e2db
+# %% ../nbs/13_main.ipynb #9477c993
 import argparse
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from .counterfactual import compare, leave_one_out
 from .data import digits
-from .estimator import influence, progress_bar
+from .estimator import influence
+from .progress import progress_bar
 from .plots import plot_summary
 from .queries import loss_query
 from .recorder import Recorder

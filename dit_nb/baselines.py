@@ -7,7 +7,7 @@ __all__ = ['SOLVERS', 'DETECTORS', 'losses_at', 'final_loss', 'mean_loss', 'in_s
            'out_of_fold', 'peer', 'confident_learning', 'step_sizes', 'products', 'tracin', 'attribution_task',
            'training_loader', 'in_peer', 'self_influence', 'influence_function', 'curvature', 'dvemb', 'detectors']
 
-# %% ../nbs/10_baselines.ipynb #2f644ad3
+# %% ../nbs/10_baselines.ipynb #58bf75ac
 import importlib, io, time, warnings
 from contextlib import contextmanager, redirect_stderr
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .data import fetch
 from .estimator import boundaries
+from .progress import progress_bar
 from .queries import as_query
 from .repeats import perturbed
 from .results import Influence
@@ -264,7 +265,7 @@ def _back(run, t, live, values):
         in_step(run, t, part, through)
     live.update(new)
 
-# %% ../nbs/10_baselines.ipynb #5fa7660b
+# %% ../nbs/10_baselines.ipynb #7d3c1c6c
 DETECTORS = {"final loss": final_loss, "mean loss": mean_loss, "forgetting": forgetting, "confident learning": confident_learning,
              "TracIn self-influence": self_influence, "influence functions": influence_function}
 
@@ -273,11 +274,11 @@ def detectors(run, which=None, progress=True):
 
     One whose library is not installed is left out, with a printed line."""
     scores, seconds = {}, {}
-    for name in DETECTORS if which is None else which:
+    for name in progress_bar([*DETECTORS] if which is None else which, "detectors", progress, unit="detector"):
         start = time.perf_counter()
         try: scores[name] = DETECTORS[name](run)
         except ImportError as e:
-            if progress: print(f"without {name}: {e}")
+            if progress is True: print(f"without {name}: {e}")
             continue
         seconds[name] = time.perf_counter() - start
     frame = pd.DataFrame(scores, index=pd.RangeIndex(run.n_samples, name="sample"))

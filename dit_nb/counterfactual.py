@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Vectorised', 'Retraining', 'remove', 'removal_starts', 'removed', 'leave_one_out', 'removal_jobs', 'costs',
            'compare', 'aligned', 'verify']
 
-# %% ../nbs/07_counterfactual.ipynb #36e5b5dd
+# %% ../nbs/07_counterfactual.ipynb #5dba10fd
 import warnings
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch.func import grad, vmap
 
 from .data import sample_indices
 from .distributed import Ranks
-from .estimator import METHODS, asked, duration, influence, progress_bar, shown
+from .estimator import METHODS, asked, influence
+from .progress import duration, progress_bar, shown
 from .results import Influence, consecutive
 from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient, query_value, saved_bytes, tensor_bytes, timed, twice_differentiable, untouched
 from .trajectory import tolerance
@@ -84,11 +85,11 @@ class Vectorised(_Stack):
         why = "" if not part.random else ": torch draws the random numbers of a batch of runs in another order"
         return None if gap <= tolerance(run.dtype) * scale else f"its vectorised gradients differ by {gap:.1g} from plain ones{why}"
 
-# %% ../nbs/07_counterfactual.ipynb #795ca096
+# %% ../nbs/07_counterfactual.ipynb #29003393
 class Retraining(Vectorised):
     """Repeats a recorded run without some of its samples, many runs at once.
 
-    `method` is `"vmap"`, `"loop"`, or `"auto"`: vmap unless the model can't do it, with a warning that gives the reason. Used within
+    `tick(steps)` is called with the number of steps that were trained, of all runs together. `method` is `"vmap"`, `"loop"`, or `"auto"`: vmap unless the model can't do it, with a warning that gives the reason. Used within
     `twice_differentiable`, whose `moved` it takes. `ranks` are the processes that train other runs at the same time."""
     def __init__(self, run, moved, method="auto", ranks=Ranks(False)):
         if method not in ("auto", "vmap", "loop"): raise ValueError(f"method must be 'auto', 'vmap' or 'loop', not {method!r}")
@@ -97,7 +98,7 @@ class Retraining(Vectorised):
         if method != "loop" and (why := self.vmap_fails()):
             if method == "vmap": raise RuntimeError(f"vmap can't train this model: {why}; use method='loop'")
             warnings.warn(f"exact removal runs one retraining after the other: vmap can't train this model ({why})", stacklevel=4)
-        self.method, self._looped_queries, self.verified, self.warned = "loop" if method == "loop" or why else "vmap", set(), False, False
+        self.method, self._looped_queries, self.verified, self.warned, self.tick = "loop" if method == "loop" or why else "vmap", set(), False, False, lambda steps: None
 
     def states(self, keep, start, times):
         "Yield `(t, stack)` at the boundaries `times` for runs that part from the recorded one at step `start`."
@@ -116,14 +117,20 @@ class Retraining(Vectorised):
             params, slots = ({k: stack.get(k, v) for k, v in d.items()} for d in (state.params, state.slots))     # scalar slots are those of the record
             params, slots = run.rule.step(params, slots, total, run.trajectory.settings(t), stacked=True)
             stack = {**stack, **params, **{k: v for k, v in slots.items() if k in stack}}
+            self.tick(len(keep))
 
     def looped_states(self, keep, start, times):
         "The same, one run after the other: plain retraining."
-        replays = (self.run.replay(start, max(times), weights=None if (row == 1).all() else row) for row in keep)
+        replays = (self._ticking(self.run.replay(start, max(times), weights=None if (row == 1).all() else row), start) for row in keep)
         paths = [{t: self.run.moving(s) for t, s in self.ranks.alert(replay) if t in times} for replay in replays]
         for t in sorted(t for t in times if t >= start):
             self.check(t, paths[0][t])
             yield t, {k: torch.stack([p[t][k] for p in paths]) for k in paths[0][t]}
+
+    def _ticking(self, replay, start):
+        for t, state in replay:
+            if t > start: self.tick(1)
+            yield t, state
 
     def check(self, t, repeated):
         """The run that keeps everything must arrive where the recorded one did. If it does not, either the record is not what its rule, model and data give,
@@ -150,7 +157,7 @@ class Retraining(Vectorised):
             except Exception: self._looped_queries.add(query)                  # an error of the query's own is raised below
         return torch.stack([query_gradient(run.model, query, {k: v[i] for k, v in stack.items()}, still)[0] for i in range(len(next(iter(stack.values()))))])
 
-# %% ../nbs/07_counterfactual.ipynb #b35cf988
+# %% ../nbs/07_counterfactual.ipynb #318d1d86
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True, process_group=None):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices, or of `(sample, token)` pairs in runs recorded
     with `per_token`), as `Influence` whose columns are the groups; for a list of queries a list.
@@ -169,7 +176,7 @@ def remove(run, query, groups, at=None, removal="always", method="auto", memory=
             states = [run.state(int(t)) for t in times]
             baseline = np.array([[float(query_gradient(run.model, q, run.moving(s), run.still(s))[0]) for s in states] for q in queries])
             re = Retraining(run, moved, method, ranks)
-            values = _effects(re, queries, groups, times, removal_starts(removal, times), memory, progress and ranks.first)
+            values = _effects(re, queries, groups, times, removal_starts(removal, times), memory, progress if ranks.first else False)
         values = ranks.sum({"values": torch.from_numpy(values)})["values"].numpy()
     results = [Influence.of(run, q, v[:, 0] if removal == "always" else v, times, np.arange(len(groups)), base, removal, "exact", groups=groups,
                             notes={"method": re.method}) for q, v, base in zip(queries, values, baseline)]
@@ -195,14 +202,13 @@ def _effects(re, queries, groups, times, starts, memory, progress):
     jobs = removal_jobs(run, groups, times, starts, min(ranks.gather(re.chunk(memory))), ranks.size)
     jobs = [jobs[i] for i in ranks.share([(1 + len(columns)) * (int(times[-1]) - first) for _, columns, first in jobs])]
     if shown(progress): _announce(re, jobs, int(times[-1]))
-    with progress_bar(None, "exact removal", progress, total=sum(int(times[-1]) - first for *_, first in jobs)) as bar:
+    with progress_bar(None, "exact removal", progress, total=sum((1 + len(columns)) * (int(times[-1]) - first) for _, columns, first in jobs)) as bar:
+        re.tick = bar.update
         for s, columns, first in jobs:
             keep = torch.ones(1 + len(columns), run.n_samples, *([run.length] if run.length else []), dtype=bool)
             for row, c in enumerate(columns, start=1): keep[(row, *groups[c].T) if groups[c].ndim == 2 else (row, groups[c])] = False
             states = re.states if re.method == "vmap" else re.looped_states
             for t, stack in states(keep.to(run.device), first, [int(t) for t in times if t > first]):
-                bar.update(t - first)
-                first = t
                 for q, effect in zip(queries, values):
                     v = re.values(q, stack, t).double().cpu().numpy()
                     effect[np.searchsorted(times, t), s, columns] = v[1:] - v[0]

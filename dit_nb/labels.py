@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['labels_of', 'with_labels', 'label_losses', 'LabelledRun', 'LabelInfluence', 'label_influence', 'class_count']
 
-# %% ../nbs/09_labels.ipynb #7cb7bea6
+# %% ../nbs/09_labels.ipynb #be86dd8d
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .estimator import Answer, Asked, asked, plan_sweep
+from .progress import progress_bar, within
 from .results import Windows
 from .sensitivity import BatchGradient, PullBack, check_losses, untouched
 from .trajectory import Run
@@ -131,7 +132,7 @@ class LabelInfluence(Windows):
                 f"  removal:  {self.removal!r}, {changed}\n"
                 f"  times:    {len(self.times)} boundaries, {', '.join(map(str, self.times[:4]))}{', ...' if len(self.times) > 4 else ''}")
 
-# %% ../nbs/09_labels.ipynb #e4efca1e
+# %% ../nbs/09_labels.ipynb #75389180
 def label_influence(run, query, at=None, removal="always", since=0, classes=None, labels=None, memory=2**30, progress=True):
     """Return the first-order influence of every sample under every label on a query, as `LabelInfluence`; for a list of queries a list, from the same sweep.
 
@@ -142,7 +143,11 @@ def label_influence(run, query, at=None, removal="always", since=0, classes=None
     if since and (removal == "always" or since >= times[0]): raise ValueError(f"since={since} must lie before the first boundary, {times[0]}, and belongs to removal='window'")
     given = LabelledRun(run, 1, labels).labels()
     view, edges = LabelledRun(run, classes or class_count(run, given), labels), [since, *map(int, times)]
-    answers = [_answer(view, queries, w, memory, progress) for w in (zip(edges, edges[1:]) if removal == "window" else [(0, times)])]
+    windows, answers = list(zip(edges, edges[1:])) if removal == "window" else [(0, times)], []
+    with progress_bar(None, "influence of labels", progress if len(windows) > 1 else False, total=edges[-1] - since) as bar:
+        for w in windows:
+            answers.append(_answer(view, queries, w, memory, within(progress) if len(windows) > 1 else progress))
+            bar.update(int(np.max(w[1])) - w[0])
     values, base = (np.concatenate(a, 1) for a in zip(*answers))
     losses = _mean_losses(view, edges)
     results = [LabelInfluence.of(run, q, v, times, np.arange(run.n_samples), b, removal, "first order", length=view.length, given=given, losses=losses, since=since) for q, v, b in zip(queries, values, base)]

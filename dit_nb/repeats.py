@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'shuffled', 'order_is_free', 'moved_start', 'rounded_start'
            'largest_eigenvalue', 'sharpness', 'perturbed', 'smoothness', 'directions', 'metasmoothness', 'along',
            'sides', 'Health', 'beyond', 'health']
 
-# %% ../nbs/08_repeats.ipynb #5844b17d
+# %% ../nbs/08_repeats.ipynb #1e8ff69e
 import math, operator, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from .counterfactual import Retraining, leave_one_out
-from .estimator import Asked, Answer, boundaries, influence, plan_sweep, progress_bar
+from .estimator import Asked, Answer, boundaries, influence, plan_sweep
+from .progress import progress_bar, within
 from .kinks import flipped, kink_patterns
 from .queries import as_queries
 from .sensitivity import PullBack, call_with, in_modes, query_value, twice_differentiable, untouched
@@ -77,7 +78,7 @@ def rounded_start(params, generator):
     def aside(v): return torch.where(v == 0, v, torch.nextafter(v, v.new_tensor(math.inf) * (2. * torch.randint(2, v.shape, generator=generator) - 1).to(v)))
     return {k: aside(v) for k, v in params.items()}
 
-# %% ../nbs/08_repeats.ipynb #fdfc0867
+# %% ../nbs/08_repeats.ipynb #487f667e
 def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True, tick=None):
     """Return the recorded run repeated once, a `Run`: same batches, random numbers and settings, from parameters beside the recorded ones.
 
@@ -94,7 +95,7 @@ def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True,
     start = replace(start, params=start.params if free else rounded_start(start.params, generator) if rounding else moved_start(start.params, scale, generator))
     how = "batches in another order" if free else "start moved by one rounding" if rounding else f"start moved by {scale:g} of each tensor's standard deviation"
     said = {"of": run.trajectory.commits[-1].hash, "how": how, "scale": 0. if rounding else float(scale), "seed": seed}
-    with _folder(path) as (folder, temporary), progress_bar(None, "repetition", progress and tick is None, total=run.steps) as bar:
+    with _folder(path) as (folder, temporary), progress_bar(None, "repetition", progress if tick is None else False, total=run.steps) as bar:
         _train(repeating, start, folder, said, tick or bar.update)
     again = Run(Trajectory(folder, pin=run.trajectory.pin), run.model, run.loss_fn, run.dataset, run.collate_fn)
     again.temporary, again.memory = temporary, run.memory
@@ -223,7 +224,7 @@ def some_samples(run, k=64, seed=0, at=None):
     used = used_samples(run, boundaries(run, at)[-1])
     return np.sort(np.random.default_rng(seed).choice(used, min(k, len(used)), replace=False))
 
-# %% ../nbs/08_repeats.ipynb #4e10f1f4
+# %% ../nbs/08_repeats.ipynb #0fb5614e
 def repeatability(run, query, samples=None, at=None, repeats=2, scale=.01, seed=0, progress=True, **kw):
     """Return the truth's own noise floor, an `Ensemble` of exact removals: of the `samples` (default: 64 random ones of those that were used), from the run and from `repeats` repetitions of it; for a list of queries a list.
 
@@ -231,11 +232,11 @@ def repeatability(run, query, samples=None, at=None, repeats=2, scale=.01, seed=
     `at` is that of `influence`, `scale` and `seed` those of `repetition`, `kw` goes to `leave_one_out`. Cost: (1 + repeats) times that of `leave_one_out`, and the repetitions."""
     queries, several = as_queries(query)
     samples = some_samples(run, at=at, seed=seed) if samples is None else samples
-    (found,), how = _over(run, [lambda r: leave_one_out(r, queries, samples, at=at, progress=False, **kw)], repeats, scale, seed, "repeatability", progress)
+    (found,), how = _over(run, [lambda r: leave_one_out(r, queries, samples, at=at, progress=within(progress), **kw)], repeats, scale, seed, "repeatability", progress)
     results = [Ensemble(list(m), how) for m in zip(*found)]
     return results if several else results[0]
 
-# %% ../nbs/08_repeats.ipynb #aa4827e5
+# %% ../nbs/08_repeats.ipynb #81145448
 def ensemble(run, query, repeats=8, scale=.01, at=None, exact=None, seed=0, progress=True, **kw):
     """Return the influence of every sample, averaged over the run and `repeats` repetitions of it, as `Ensemble`; for a list of queries a list.
 
@@ -246,7 +247,7 @@ def ensemble(run, query, repeats=8, scale=.01, at=None, exact=None, seed=0, prog
     if single := [k for k in ("per_step", "checkpoint") if kw.get(k)]: raise ValueError(f"{single[0]} is about a single run, and an ensemble is of several: call influence for each repetition(run, seed=...)")
     queries, several = as_queries(query)
     shared = {k: kw[k] for k in ("removal", "process_group", "memory") if k in kw}
-    answers = [lambda r: influence(r, queries, at=at, progress=False, **kw)] + ([] if exact is None else [lambda r: leave_one_out(r, queries, exact, at=at, progress=False, **shared)])
+    answers = [lambda r: influence(r, queries, at=at, progress=within(progress), **kw)] + ([] if exact is None else [lambda r: leave_one_out(r, queries, exact, at=at, progress=within(progress), **shared)])
     found, how = _over(run, answers, repeats, scale, seed, "ensemble", progress)
     results = [[Ensemble(list(m), how) for m in zip(*f)] for f in found]
     if exact is not None: results[0] = [replace(e, exact=x) for e, x in zip(*results)]
@@ -390,7 +391,7 @@ def sides(run, tensors, data):
     with in_modes(run.model), torch.no_grad(), kink_patterns() as seen: call_with(run.model, tensors, lambda m: run.loss_fn(m, data))
     return seen
 
-# %% ../nbs/08_repeats.ipynb #eff4cc94
+# %% ../nbs/08_repeats.ipynb #faaf0e4d
 LIMITS = {"growth": 10., "edge": 1., "metasmoothness": .9, "kinks": 1e-3, "noise": .1}
 
 @dataclass(repr=False)
@@ -443,7 +444,7 @@ def health(run, query, at=None, k=4, removals=8, steps=6, seed=0, memory=2**30, 
     if more: raise ValueError("health is about one query at a time: call it for each")
     times = boundaries(run, at)
     with progress_bar(None, "health", progress, total=2 * int(times[-1]) + run.steps) as bar:
-        norms, infl = adjoint_norms(run, q, times, memory)
+        norms, infl = adjoint_norms(run, q, times, memory, within(progress))
         bar.update(int(times[-1]))
         smooth, kinks = _moves(run, times, k, removals, seed, memory)
         bar.update(int(times[-1]))

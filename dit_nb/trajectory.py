@@ -6,7 +6,7 @@
 __all__ = ['State', 'probes', 'fingerprint', 'named_step', 'tolerance', 'check_arrival', 'objective', 'RecordedRun', 'reach',
            'split', 'replayed_steps', 'ReplayedRun', 'Run', 'open_run', 'check_run']
 
-# %% ../nbs/03_trajectory.ipynb #2ddf0b92
+# %% ../nbs/03_trajectory.ipynb #3ebe3d06
 import copy, inspect, math, operator, os
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import fetch, fetcher, n_samples
+from .progress import progress_bar
 from .sensitivity import (BatchGradient, as_written, call_with, check_losses, euclidean, leaves, saved_bytes, seeded, set_modes, set_random_states, twice_differentiable,
                                 untouched)
 from .store import Lock, Trajectory, describe_tensors, leftovers, save_tensors
@@ -190,7 +191,7 @@ def replayed_steps(length, room):
         else: total += length - 1
     return total
 
-# %% ../nbs/03_trajectory.ipynb #47620864
+# %% ../nbs/03_trajectory.ipynb #4aef8667
 class ReplayedRun(RecordedRun):
     """A recorded run with all its states, stored or not, and the training repeated from any of them.
 
@@ -324,12 +325,12 @@ class ReplayedRun(RecordedRun):
         self.settle()
         return grads, self._own(buffers)
 
-    def verify(self, n=16):
-        """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length.
+    def verify(self, n=16, progress=False):
+        """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length, with a bar for `progress=True`.
 
         Raises RuntimeError if a repeated step does not arrive at the recorded state."""
         steps = range(self.steps) if n is None else np.unique(np.linspace(0, self.steps - 1, n).astype(int))
-        return max((self._arrived(self.state(t), self._train(self.state(t), t, t + 1)[t + 1], self.state(t + 1), t + 1) for t in map(int, steps)), default=0.)
+        return max((self._arrived(self.state(t), self._train(self.state(t), t, t + 1)[t + 1], self.state(t + 1), t + 1) for t in progress_bar(list(map(int, steps)), "verification", progress)), default=0.)
 
     def _arrived(self, before, after, recorded, t):
         floats = [k for k, (dtype, _) in self.meta["buffers"].items() if "float" in dtype]
@@ -386,14 +387,14 @@ def open_run(path, model, loss_fn, dataset, collate_fn=None, without=()):
         raise ValueError("the data set has other contents than the recorded one: pass the same samples in the same order, with the same dtype and collate_fn")
     return Run(trajectory, model, loss_fn, dataset, collate_fn)
 
-# %% ../nbs/03_trajectory.ipynb #c047d072
-def check_run(path, model=None, loss_fn=None, dataset=None, collate_fn=None, repair=False):
+# %% ../nbs/03_trajectory.ipynb #1debc8a7
+def check_run(path, model=None, loss_fn=None, dataset=None, collate_fn=None, repair=False, progress=True):
     """Check every file of the run in the folder `path` and return a frame: `file`, `status` (`ok`, `damaged`, `missing`, `left over`, with `repair` also `repaired`, `removed`), `what`.
 
     `repair` removes what a crash has left over, and, given what `open_run` is given, computes lost states again; only a file with its recorded checksum is put
     in place. The database can't be computed again. Raises ValueError if it is damaged, FileNotFoundError if there is no run, RuntimeError for a `repair` while the run is being recorded."""
     trajectory, found, lock = Trajectory(path).check(), [("run.sqlite", "ok", "")], Lock(Path(path)) if repair else None
-    for name, (size, hash, states) in sorted(trajectory._files.items()):
+    for name, (size, hash, states) in progress_bar(sorted(trajectory._files.items()), "checking", progress, unit="file"):
         what = f"states {states[0]} to {states[-1]}" if states else "what training does not change"
         try:
             trajectory.read(name)

@@ -1,4 +1,5 @@
 """What the benchmarks measure with, and what they train on."""
+import os
 import time
 
 import torch.nn.functional as F
@@ -6,10 +7,16 @@ import torch.nn.functional as F
 from dit_nb import digits, fashion_mnist
 
 
+SMALL = os.environ.get("DIT_NB_BENCHMARKS") == "small"       # as the tests run the benchmarks; what their pages show is of the whole
+
+
+def sized(full, small): return small if SMALL else full
+
+
 def in_turns(repeats, **contestants):
     "Seconds of processor time, the best of `repeats` after a first one; contestants take turns, so that a slow moment hits all."
     best = {k: float("inf") for k in contestants}
-    for _ in range(repeats + 1):                                           # the first pays one-off costs, and will not be the best
+    for _ in range(0 if SMALL else repeats, -1, -1):                                           # the first pays one-off costs, and will not be the best
         for k, f in contestants.items():
             start = time.process_time()
             f()

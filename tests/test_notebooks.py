@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom, in a real kernel of the Python that runs pytest."""
+"""Every notebook runs from top to bottom, in a real kernel of the Python that runs pytest.
+
+Benchmarks run in small: every cell, on less. `DIT_NB_BENCHMARKS=full python -m pytest tests/test_notebooks.py` runs them as their pages show them, with
+the assertions on their figures, which takes the better part of an hour."""
 import os
 import re
 import shutil
@@ -31,7 +34,7 @@ def kernel_environment(folder):
     "This process's environment; the package of this tree; no start-up files of the user; figures inline."
     env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     return env | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython"),
-                  "TQDM_DISABLE": "1", "IN_TEST": "1"}          # IN_TEST: nbdev exports nothing
+                  "DIT_NB_BENCHMARKS": env.get("DIT_NB_BENCHMARKS", "small"), "TQDM_DISABLE": "1", "IN_TEST": "1"}          # IN_TEST: nbdev exports nothing
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.with_suffix("").as_posix())
