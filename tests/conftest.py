@@ -8,3 +8,11 @@ from hypothesis import settings
 
 settings.register_profile("same every time", derandomize=True)   # a landing must not hang on what is drawn
 settings.load_profile("same every time")
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What the browser test has measured in this run"
+    import time
+    from pathlib import Path
+    file = Path(__file__).resolve().parents[1] / "_screenshots/latency.json"
+    if file.exists() and time.time() - file.stat().st_mtime < 3 * 3600: terminalreporter.write_line(f"explorer, from key press to changed picture (median): {file.read_text()}")
