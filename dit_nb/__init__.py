@@ -16,8 +16,8 @@ from dit_nb.estimator import influence, plan_influence
 from dit_nb.explorer import Explorer, explore
 from dit_nb.kinks import kink_patterns, smooth_kinks
 from dit_nb.labels import LabelInfluence, label_influence
-from dit_nb.plots import (plot_agreement, plot_corrupted, plot_diagnosis, plot_influence, plot_opinions, plot_patterns, plot_samples, plot_stages,
-                          plot_summary, plot_window)
+from dit_nb.plots import (plot_agreement, plot_bounds, plot_corrupted, plot_diagnosis, plot_heatmap, plot_influence, plot_opinions, plot_patterns,
+                          plot_samples, plot_scores, plot_stages, plot_summary, plot_window)
 from dit_nb.progress import Cancelled, Progress
 from dit_nb.queries import (Query, gradient_norm_query, input_gradient_query, loss_query, margin_query, parameter_query,
                             prediction_query)
@@ -34,6 +34,6 @@ __all__ = ["Bound", "Cancelled", "Cleansed", "Diagnosis", "Ensemble", "Explorer"
            "ensemble", "error_bound", "error_proxy", "explore", "fashion_mnist", "fetch", "find_corrupted", "gradient_norm_query", "health",
            "idx_images", "influence", "input_gradient_query", "kink_patterns", "label_influence", "leave_one_out", "load_influence", "loss_query",
            "margin_query", "mnist", "newsgroups", "open_run", "parameter_query", "patterns", "phases", "plan_influence", "plan_recording",
-           "plot_agreement", "plot_corrupted", "plot_diagnosis", "plot_influence", "plot_opinions", "plot_patterns", "plot_samples", "plot_stages",
-           "plot_summary", "plot_window", "prediction_query", "refine", "remove", "repeatability", "repetition", "restore_labels", "second_order",
-           "smooth_kinks", "stages", "supervised", "verify", "with_curvature"]
+           "plot_agreement", "plot_bounds", "plot_corrupted", "plot_diagnosis", "plot_heatmap", "plot_influence", "plot_opinions", "plot_patterns",
+           "plot_samples", "plot_scores", "plot_stages", "plot_summary", "plot_window", "prediction_query", "refine", "remove", "repeatability",
+           "repetition", "restore_labels", "second_order", "smooth_kinks", "stages", "supervised", "verify", "with_curvature"]

@@ -3,13 +3,11 @@
     python tools/book.py [FOLDER]     writes it to _site/ (or FOLDER), and exits 1 at the first sign of a warning or a dead link
 
 The notebooks' stored outputs are shown; nothing runs. Cells with `#| hide` are left out, and so is what `#| echo: false`, `#| output: false` and
-`#| include: false` name; the directives themselves are not printed. Sphinx and MyST-NB make the pages; formulas become MathML, which browsers draw by
-themselves. The API reference is made from the package's docstrings. Links to the web are checked for their form only; for the rest, where there is a
+`#| include: false` name; the directives themselves are not printed. Sphinx and MyST-NB make the pages, and MathJax, which is copied into the site, draws the formulas. The API reference is made from the package's docstrings. Links to the web are checked for their form only; for the rest, where there is a
 network: `python -m sphinx -b linkcheck _site/source OUT`, with the source that `--keep-source` leaves.
 """
 import argparse
 import configparser
-import html
 import inspect
 import io
 import os
@@ -18,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from html.parser import HTMLParser
+from importlib.metadata import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -34,46 +33,19 @@ PARTS = [("Find your way", ["which_function", "glossary"]), ("Tutorials", "tutor
 
 CONF = '''
 project, author, html_title, language = {name!r}, {author!r}, {name!r}, "en"
-extensions = ["myst_nb", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.mathjax"]
 html_theme, html_show_copyright, html_copy_source, html_static_path = "furo", False, False, ["_static"]
 html_css_files = ["own.css"]
-html_math_renderer = "mathml"
+mathjax_path = "mathjax/tex-chtml-full.js"
 html_theme_options = {{"source_repository": {git!r}, "source_branch": {branch!r}, "source_directory": "nbs/"}}
 nb_execution_mode, nb_merge_streams, nb_output_stderr = "off", True, "remove"
-myst_enable_extensions, myst_heading_anchors = ["dollarmath", "amsmath"], 4
+myst_enable_extensions, myst_heading_anchors, myst_dmath_double_inline = ["dollarmath", "amsmath"], 4, True
 exclude_patterns, suppress_warnings = [], ["mystnb.unknown_mime_type"]
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 '''
 
-MATHML = '''
-"Formulas as MathML, made when the site is built: nothing has to be loaded to show them."
-import re
-from docutils.nodes import SkipNode
-from latex2mathml.converter import convert
-from sphinx.util import logging
-
-def mathml(node, display):
-    text = re.sub(r"\\\\[bB]igg?[lrm]?(?=\\\\[a-zA-Z])", "", node.astext())        # sizes are the converter's own, where a name follows
-    made = convert(text, display=display)
-    if "\\\\" in made: logging.getLogger(__name__).warning("a formula has a command that is not known: %s", text, location=node)
-    return made
-
-def _inline(self, node):
-    self.body.append(mathml(node, "inline"))
-    raise SkipNode
-
-def _display(self, node):
-    self.body.append(f'<div class="math-display">{mathml(node, "block")}</div>')
-    raise SkipNode
-
-def setup(app):
-    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
-'''
-
 CSS = """
-.math-display {overflow-x: auto; padding: .4em 0}
-math {font-size: 1.08em}
+div.math {overflow-x: auto; padding: .4em 0}
 .content {width: 54em} .cell_output table {font-size: .85em; font-variant-numeric: tabular-nums} .cell_output {overflow-x: auto}
 body:not([data-theme=light]) .cell_output img {background: #fff; border-radius: 4px}
 @media (prefers-color-scheme: light) {body:not([data-theme=dark]) .cell_output img {background: none}}
@@ -130,12 +102,17 @@ def api():
             seen.add(name)
             lines += [f"### {name}", "", "```python", signature(name, f), "```", "", docstring(f), ""]
             if not inspect.isclass(f): continue
-            for method, g in vars(f).items():
-                g = g.fget if isinstance(g, property) else g.__func__ if isinstance(g, (classmethod, staticmethod)) else g
-                if method.startswith("_") or not inspect.isfunction(g) or not g.__doc__: continue
-                lines += [f"**`{signature(method, g) if isinstance(vars(f)[method], property) is False else method}`**: {docstring(g)}", ""]
+            for method, g in methods(f): lines += [f"**`{signature(method, g) if inspect.isfunction(g) else method}`**: {docstring(g)}", ""]
     assert seen == set(dit_nb.__all__)
     return "\n".join(lines) + "\n"
+
+
+def methods(cls):
+    "The documented public methods and properties of a class, those that it inherits from the package's classes too."
+    found = {name: g for base in reversed(cls.__mro__) if base.__module__.startswith("dit_nb") for name, g in vars(base).items()}
+    for name, g in found.items():
+        g = getattr(g, "__func__", g)                                            # of class and static methods
+        if not name.startswith("_") and (inspect.isfunction(g) or isinstance(g, property) or hasattr(g, "attrname")) and g.__doc__: yield name, g
 
 
 def signature(name, f):
@@ -160,9 +137,12 @@ def source(folder):
     for path in NBS.glob("*.png"): shutil.copy(path, folder)
     (folder / "api.md").write_text(api(), encoding="utf-8")
     (folder / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "conf.py").write_text("import sys\nsys.path.insert(0, " + repr(str(folder)) + ")\n" + CONF.format(name=SETTINGS["lib_name"], author=SETTINGS["author"], git=SETTINGS["git_url"], branch=SETTINGS["branch"]), encoding="utf-8")
-    (folder / "mathml.py").write_text(MATHML, encoding="utf-8")
-    (folder / "_static").mkdir()
+    (folder / "conf.py").write_text(CONF.format(name=SETTINGS["lib_name"], author=SETTINGS["author"], git=SETTINGS["git_url"], branch=SETTINGS["branch"]), encoding="utf-8")
+    for file in files("sphinx-mathjax-offline"):
+        name = file.as_posix().partition("static/mathjax/")[2]
+        if name == "tex-chtml-full.js" or name.startswith("output/chtml/fonts/"):
+            (folder / "_static/mathjax" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), folder / "_static/mathjax" / name)
     (folder / "_static/own.css").write_text(CSS, encoding="utf-8")
 
 
@@ -215,8 +195,9 @@ def build(site, keep=False):
         src, warnings = Path(work) / "source", io.StringIO()
         src.mkdir()
         source(src)
-        app = Sphinx(src, src, site, Path(work) / "doctrees", "html", status=None, warning=warnings)
-        app.build()
+        made = Path(work) / "site"                                               # MyST-NB leaves its pictures in a folder beside the site
+        Sphinx(src, src, made, Path(work) / "doctrees", "html", status=None, warning=warnings).build()
+        shutil.copytree(made, site)
         if keep: shutil.copytree(src, site / "source")
     shutil.rmtree(site / ".doctrees", ignore_errors=True)
     (site / ".nojekyll").touch()
