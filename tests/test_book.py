@@ -1,6 +1,6 @@
 """The book builds without a warning and without a dead link, and shows what it should and nothing else."""
-import json
 import re
+import subprocess
 import sys
 
 import nbformat
@@ -43,6 +43,27 @@ def test_book(site):
     assert all(word in search for word in ("leave_one_out", "find_corrupt", "adjoint")), "the search does not find what is there"
 
 
+def test_formulas(site):
+    "No formula has swallowed the words beside it, as a display in the middle of a paragraph once made them."
+    for notebook, text in pages(site).items():
+        swallowed = re.findall(r'class="math[^"]*">\\\(\s*(and|where|with|is|the|of|for|which)\b', text)
+        assert not swallowed, f"{notebook}: {swallowed} set as formulas"
+
+
+def test_colours_of_tables(site):
+    text = (site / "benchmarks/errors.html").read_text(encoding="utf-8")
+    assert re.search(r"#T_\w+ *\{\s*background-color", text) and "<style scoped" not in text
+
+
+def test_the_source_can_be_moved(tmp_path):
+    "What `--keep-source` leaves is read where it lies: the workflow checks the links to the web with it."
+    (tmp_path / "first").mkdir()
+    book.source(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    read = "import sys; from sphinx.application import Sphinx; Sphinx(*sys.argv[1:], 'dummy', status=None)"       # a fresh process: this one may have things in memory
+    subprocess.run([sys.executable, "-c", read, *(str(tmp_path / name) for name in ("moved", "moved", "out", "trees"))], check=True, timeout=120)
+
+
 def test_api_is_complete(site):
     text = (site / "api.html").read_text(encoding="utf-8")
     for name in dit_nb.__all__: assert re.search(rf"<h3>{name}<", text), f"{name} is not in the API reference"
@@ -64,6 +85,7 @@ def test_tutorials_say_what_is_learnt():
 
 
 @pytest.mark.parametrize("page, wrong", [('<a href="gone.html">x</a>', "leads nowhere"), ('<a href="#gone">x</a>', "no such anchor"), ('<a href="http://site.org">x</a>', "no address of the web"),
+                                         (f'<a href="{book.SETTINGS["git_url"]}/edit/main/nbs/gone.md">x</a>', "not in the repository"), (f'<a href="{book.SETTINGS["git_url"]}/blob/main/LICENSE">x</a>', ""),
                                          ('<a id="here" href="#here">x</a> <a href="https://site.org/a">y</a> <img src="data:image/png;base64,">', "")])
 def test_dead_links_are_seen(page, wrong, tmp_path):
     (tmp_path / "index.html").write_text(page)

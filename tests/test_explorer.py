@@ -1,5 +1,4 @@
 """The window explorer without a browser: its widgets are set as a page sets them, and what they then show is read."""
-import json
 import re
 import threading
 

@@ -42,11 +42,19 @@ nb_execution_mode, nb_merge_streams, nb_output_stderr = "off", True, "remove"
 myst_enable_extensions, myst_heading_anchors, myst_dmath_double_inline = ["dollarmath", "amsmath"], 4, True
 exclude_patterns, suppress_warnings = [], ["mystnb.unknown_mime_type"]
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+
+def no_source(app, page, template, context, doctree):
+    if page in ("api", "changelog"): context["page_source_suffix"] = None      # made here: there is no such file to view or edit
+
+def setup(app): app.connect("html-page-context", no_source)
 '''
 
 CSS = """
 div.math {overflow-x: auto; padding: .4em 0}
-.content {width: 54em} .cell_output table {font-size: .85em; font-variant-numeric: tabular-nums} .cell_output {overflow-x: auto}
+.content {width: 51em; max-width: 100%}
+.cell_output {overflow-x: auto} .cell_output table {border: 0; border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums; margin: .5em 0}
+.cell_output table :is(th, td) {border: 0; padding: .25em .6em; text-align: right; vertical-align: top} .cell_output table tbody th {text-align: left}
+.cell_output table thead {border-bottom: 1px solid var(--color-foreground-border)} .cell_output table tbody tr:nth-child(even) {background: var(--color-background-secondary)}
 body:not([data-theme=light]) .cell_output img {background: #fff; border-radius: 4px}
 @media (prefers-color-scheme: light) {body:not([data-theme=dark]) .cell_output img {background: none}}
 dl.api dt {margin-top: 1.4em; font-family: var(--font-stack--monospace); overflow-wrap: anywhere}
@@ -60,7 +68,7 @@ def shown(nb):
         if cell.cell_type == "code":
             directives = dict(readme.DIRECTIVE.findall(cell.source))
             if "hide" in directives or "default_exp" in directives or not readme.included(cell): continue
-            if alt := readme.obey_directives(cell): cell.metadata["mystnb"] = {"image": {"alt": alt}}
+            if alt := readme.obey_directives(cell, keep_styles=True): cell.metadata["mystnb"] = {"image": {"alt": alt}}
             if cell.metadata.pop("transient", None): cell.metadata["tags"] = ["remove-input"]
             if not cell.source.strip() and not cell.outputs: continue
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
@@ -176,6 +184,10 @@ def dead(site):
         for link in p.links:
             url = urlsplit(link)
             if url.scheme in ("data", "mailto"): continue
+            if link.startswith(SETTINGS["git_url"] + "/"):
+                file = re.sub(r"^(?:blob|edit)/[^/]+/", "", unquote(url.path[len(urlsplit(SETTINGS["git_url"]).path) + 1:]))
+                if not (ROOT / file).exists(): found.append(f"{page.relative_to(site)}: {link} is not in the repository")
+                continue
             if url.scheme or url.netloc:
                 if url.scheme != "https" or "." not in url.netloc or "example" in url.netloc: found.append(f"{page.relative_to(site)}: {link} is no address of the web")
                 continue

@@ -45,15 +45,15 @@ def from_top(text):
     return outside_code(lambda part: LINK.sub(move, part), text)
 
 
-def obey_directives(cell):
-    "Applies Quarto's directives, which nbconvert would print; returns the picture's description."
+def obey_directives(cell, keep_styles=False):
+    "Applies Quarto's directives, which nbconvert would print; returns the picture's description. `keep_styles` keeps the colours of styled tables."
     directives = dict(DIRECTIVE.findall(cell.source))
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
     if directives.get("output") == "false": cell.outputs = []
     if directives.get("echo") == "false": cell.metadata["transient"] = {"remove_source": True}
     for output in cell.outputs:
-        if "text/html" in output.get("data", {}):               # GitHub would show a style sheet as text
-            output.data["text/html"] = re.sub(r"<style.*?</style>\s*", "", output.data["text/html"], flags=re.S)
+        if "text/html" in output.get("data", {}):               # GitHub would show a style sheet as text; a frame's own (scoped) has no colours
+            output.data["text/html"] = re.sub(r"<style scoped.*?</style>\s*" if keep_styles else r"<style.*?</style>\s*", "", output.data["text/html"], flags=re.S)
     return directives.get("fig-alt", "").strip("\"'")
 
 
