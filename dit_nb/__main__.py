@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'analyse', 'free_folder', 'main', 'report', 'save']
 
-# %% ../nbs/13_main.ipynb #9477c993
+# %% ../nbs/13_main.ipynb #1ae4ee52
 import argparse
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from .counterfactual import compare, leave_one_out
 from .data import digits
 from .estimator import influence
-from .progress import progress_bar
 from .plots import plot_summary
+from .progress import progress_bar
 from .queries import loss_query
 from .recorder import Recorder
 from .sensitivity import supervised

@@ -110,7 +110,7 @@ def _by_backward(curve):
         slope, = torch.autograd.grad(curve(s), s, create_graph=True, materialize_grads=True)
         return torch.stack([slope.detach(), torch.autograd.grad(slope, s, materialize_grads=True)[0] if slope.requires_grad else torch.zeros_like(slope)])
 
-# %% ../nbs/08_errors.ipynb #8d71f764
+# %% ../nbs/08_errors.ipynb #c089fc4f
 def second_order(run, query, samples, at=None, removal="always", memory=2**30, progress=True):
     """Return the effect on a query of removing each of `samples`, to second order in the sample's weight, as `Influence` whose columns are the samples; for a list of queries a list.
 
@@ -136,21 +136,20 @@ def _derivatives(run, queries, samples, times, removal, memory=2**30, progress=F
         taylor = _Taylor(run, moved)
         if why := taylor.vmap_fails(): raise RuntimeError(f"the second order is vectorised, and vmap can't train this model ({why}): use leave_one_out, which is exact")
         jobs = removal_jobs(run, samples[:, None], times, starts, max(1, taylor.chunk(memory) // 8))
-        bar = progress_bar(None, "second order", progress, total=sum(int(times[-1]) - begin for *_, begin in jobs))
-        for s, columns, begin in jobs:
-            own = torch.zeros(len(columns), run.n_samples, dtype=run.dtype, device=run.device)
-            own[range(len(columns)), samples[columns]] = 1
-            first = second = {k: torch.zeros(len(columns), *v.shape, dtype=v.dtype, device=v.device) for k, v in taylor.carried(run.state(begin)).items()}
-            for t in range(begin, int(times[-1])):
-                bar.update()
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
-                    try: first, second = taylor.step(t, own, first, second)
-                    except (RuntimeError, NotImplementedError) as e:
-                        raise RuntimeError(f"torch can't differentiate step {t} twice in forward mode ({str(e).strip().splitlines()[0][:200]}): use leave_one_out, which is exact and cheaper") from e
-                if t + 1 not in times: continue
-                for i, q in enumerate(queries): values[:, i, np.searchsorted(times, t + 1), s, columns] = taylor.query(q, t + 1, *({k: d[k] for k in run.moving(run.state(t + 1))} for d in (first, second))).cpu().numpy()
-        bar.close()
+        with progress_bar(None, "second order", progress, total=sum(int(times[-1]) - begin for *_, begin in jobs)) as bar:
+            for s, columns, begin in jobs:
+                own = torch.zeros(len(columns), run.n_samples, dtype=run.dtype, device=run.device)
+                own[range(len(columns)), samples[columns]] = 1
+                first = second = {k: torch.zeros(len(columns), *v.shape, dtype=v.dtype, device=v.device) for k, v in taylor.carried(run.state(begin)).items()}
+                for t in range(begin, int(times[-1])):
+                    bar.update()
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "There is a performance drop")
+                        try: first, second = taylor.step(t, own, first, second)
+                        except (RuntimeError, NotImplementedError) as e:
+                            raise RuntimeError(f"torch can't differentiate step {t} twice in forward mode ({str(e).strip().splitlines()[0][:200]}): use leave_one_out, which is exact and cheaper") from e
+                    if t + 1 not in times: continue
+                    for i, q in enumerate(queries): values[:, i, np.searchsorted(times, t + 1), s, columns] = taylor.query(q, t + 1, *({k: d[k] for k in run.moving(run.state(t + 1))} for d in (first, second))).cpu().numpy()
     return values
 
 # %% ../nbs/08_errors.ipynb #07f7aa38

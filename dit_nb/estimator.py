@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'CHECKPOINT_SECONDS', 'boundaries', 'asked', 'influence', 
            'kink_width', 'smoothing', 'Asked', 'SweepPlan', 'plan_sweep', 'Sweep', 'SharedSweep', 'Checkpoint',
            'Answer']
 
-# %% ../nbs/06_estimator.ipynb #91260b7c
-import os, time, warnings
+# %% ../nbs/06_estimator.ipynb #2b4be433
+import time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,6 @@ def plan_influence(run, query, at=None, removal="always", per_step=False, per_to
     "Return the `SweepPlan` of an `influence` with the same arguments in this process: what it will compute and how much memory it will take, by measuring one step and the queries."
     queries, _, times = asked(run, query, at, removal)
     return plan_sweep(Asked(run, queries, times, removal, per_step, per_token, width=smoothing(run, smooth, int(times[-1]))), memory, bool(checkpoint))
-
-# %% ../nbs/06_estimator.ipynb #024dc691
-#| export
 
 # %% ../nbs/06_estimator.ipynb #2b36f2fd
 def coupling(run, stop, width=None):

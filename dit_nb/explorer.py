@@ -80,8 +80,8 @@ class Faces:
             self._moments = x.mean(0), x.std(0).clamp(min=1e-12)
         return self._moments
 
-# %% ../nbs/12_explorer.ipynb #add41069
-GREY = "#767676"
+# %% ../nbs/12_explorer.ipynb #e434a914
+GREY = COLORS["neutral"]
 _ON_PAGE = {k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")} | {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
 _DRAWING = threading.RLock()                    # matplotlib's settings are of the whole process
 
@@ -163,14 +163,14 @@ class Work:
         if self.thread is not None: self.thread.join(seconds)
         self.hand_over()
 
-# %% ../nbs/12_explorer.ipynb #14d9c5ab
+# %% ../nbs/12_explorer.ipynb #3e57011d
 STYLE_SHEET = """<style>
 .dit-explorer {max-width: 940px; color: var(--jp-ui-font-color1, #212121); overflow: hidden}
 .dit-explorer .widget-html, .dit-explorer .widget-html-content {line-height: 1.35; font-size: 13px}
 .dit-over {display: grid; overflow: hidden; position: relative; align-self: flex-start}
 .dit-over > * {grid-area: 1 / 1; margin: 0; width: 100%; height: auto}
 .dit-over > img {position: relative; z-index: 1; pointer-events: none}
-.dit-band {position: absolute; background: #E6B800; opacity: .3; pointer-events: none; border-left: 2px solid #8A6D00; border-right: 2px solid #8A6D00; box-sizing: border-box; min-width: 3px}
+.dit-band {position: absolute; background: #E6B800; opacity: .2; pointer-events: none; border-left: 2px solid #8A6D00; border-right: 2px solid #8A6D00; box-sizing: border-box; min-width: 3px}
 .dit-cards {display: grid; gap: 6px; overflow: hidden}
 .dit-cards .dit-card {width: auto; height: 100%; margin: 2px; padding: 2px 3px; white-space: pre-line; text-align: center; line-height: 1.3; font-size: 11px; overflow: hidden; border-radius: 4px; box-shadow: none; box-sizing: border-box;
   color: var(--jp-ui-font-color1, #212121); background-color: var(--jp-layout-color1, #fff); background-repeat: no-repeat; image-rendering: pixelated; border: 1px solid var(--jp-border-color2, #bdbdbd)}
@@ -178,12 +178,11 @@ STYLE_SHEET = """<style>
 .dit-words .dit-card {text-align: left; height: 96px}
 .dit-card.dit-chosen, .dit-card:focus-visible {outline: 2px solid var(--jp-ui-font-color1, #212121); outline-offset: -1px}
 .dit-cards .dit-card:disabled {visibility: hidden}
-.dit-chip {font-weight: 600} .dit-blue {border-bottom: 3px solid #0072B2} .dit-orange {border-bottom: 3px solid #D55E00} .dit-green {border-bottom: 3px solid #009E73} .dit-pink {border-bottom: 3px solid #CC79A7}
+.dit-chip {font-weight: 600; border-bottom: 3px solid}
 .dit-facts td {padding: 1px 10px 1px 0; vertical-align: top; text-align: left} .dit-facts td:first-child {opacity: .75; white-space: nowrap}
 .dit-changes td, .dit-changes th {padding: 1px 8px; text-align: right} .dit-explorer table {border-collapse: collapse; font-variant-numeric: tabular-nums}
 .dit-alarm {font-weight: 600} .dit-alarm::before {content: "⚠ "}
 </style>"""
-_CHIP = {"helpful": "blue", "harmful": "orange", "removal raises": "green", "removal lowers": "pink"}
 
 class Picture(Figure):
     "A figure that notebooks show, whatever has been imported"
@@ -202,7 +201,7 @@ def _named(widget, *names):
     for name in names: widget.add_class(f"dit-{name}")
     return widget
 
-# %% ../nbs/12_explorer.ipynb #1ebdb7d4
+# %% ../nbs/12_explorer.ipynb #cd13afe3
 class Explorer:
     """The window explorer; see `explore`. It shows itself where a notebook shows what a cell returns; `widget` is the widget, to be put among others.
 
@@ -214,10 +213,9 @@ class Explorer:
 
     def __init__(self, infls, dataset, run, truths, diagnoses, suspects, k):
         self.infls, self.dataset, self.run, self.k, self.suspects = infls, dataset, run, k, suspects
-        self.known, self.diagnoses = [{} for _ in infls], diagnoses
-        for known, truth in zip(self.known, truths): known |= {} if truth is None else {int(j): truth.values[..., c] for c, j in enumerate(truth.samples)}
+        self.truths, self.diagnoses = truths, diagnoses
         self.faces, self.me, self.selected, self._kinds, self._patterns, self._due = Faces(dataset, infls[0]), f"dit-x{next(self._numbers)}", None, {}, {}, None
-        self._quiet, self.boxes = False, {"training": (0, 0, 1, 1), "course": (0, 0, 1, 1)}
+        self._quiet, self._edges, self._rules, self.boxes = False, [], "", {}
         self.work = Work(self.say)
         self._make()
         self.widget = _named(W.VBox(self._rows()), "explorer")
@@ -248,7 +246,7 @@ class Explorer:
         self.presets = {n: button(n, what, partial(self._preset, n), f"preset-{n.lower()}") for n, what in presets.items()}
         self.refresh = button("Refresh", "take in what was recorded since, and compute the influence again", self._refresh, "refresh")
         choices = {"class": ("all classes", self.faces.classes if self.faces.of_class is not None else []), "pattern": ("all patterns", PATTERNS), "label": ("all labels", [] if self.suspects is None else ["flagged as wrong", "not flagged"])}
-        self.filters = {name: _named(W.Dropdown(options=[(text, -1) for text in [every]] + [(c, i) for i, c in enumerate(some)], value=-1, disabled=not some, layout=L(width="170px")), f"filter-{name}") for name, (every, some) in choices.items()}
+        self.filters = {name: _named(W.Dropdown(options=[(every, -1), *((c, i) for i, c in enumerate(some))], value=-1, disabled=not some, layout=L(width="170px")), f"filter-{name}") for name, (every, some) in choices.items()}
         self.search = _named(W.Text(placeholder="sample number", continuous_update=False, layout=L(width="130px")), "search")
         self.titles = [_named(W.HTML(layout=L(height="22px")), "title", n) for n in ("up", "down")]
         self.cards = [[self._card(s, i) for i in range(self.k)] for s in range(2)]
@@ -286,14 +284,8 @@ class Explorer:
     # What is looked at
 
     infl = property(lambda self: self.infls[self._at])
+    truth = property(lambda self: self.truths[self._at])
     diagnosis = property(lambda self: self.diagnoses[self._at])
-
-    @property
-    def truth(self):
-        "What is known exactly of the present query: an `Influence`, or None"
-        known = self.known[self._at]
-        if not known: return None
-        return replace(self.infl, values=np.stack(list(known.values()), -1), samples=np.array(list(known)), method="exact", notes={}, uses=None)
 
     @property
     def query(self): return self.infl.query.name
@@ -336,7 +328,7 @@ class Explorer:
 
     def _turn_to(self, at):
         "Look at another query (or at the same, computed anew)"
-        window = self.window if hasattr(self, "_edges") else None
+        window = self.window if self._edges else None
         self._at, infl = at, self.infls[at]
         self._edges, self._columns = [0, *map(int, infl.times)], infl.columns
         names = self._names(infl)
@@ -348,11 +340,12 @@ class Explorer:
         self.slider.index = tuple(map(self._edges.index, window)) if window and {*window} <= {*self._edges} else full
         if tuple(self.other.index) == full: self.other.index = 0, 1
         self._quiet = False
-        self.training.value, self.boxes["training"] = drawn(partial(draw_training, infl=infl, run=self.run), (9, 1.75))
-        left, _, width, _ = self.boxes["training"]
+        self.training.value, box = drawn(partial(draw_training, infl=infl, run=self.run), (9, 1.75))
+        self.boxes["training"], (left, _, width, _) = (box, max(infl.steps, self._edges[-1])), box
         for s in (self.slider, self.other): s.layout.margin, s.layout.width = f"0 0 0 {left - .008:.2%}", f"{width + .016:.2%}"      # the handles stand below the window's ends
+        chosen, self.selected = self.selected, None                                        # shown once, below
         self._show()
-        self.select(self.selected if self.selected in self._columns else int(infl.samples[strongest(self.v, 1)[0][0] if (self.v > 0).any() else 0]))
+        self.select(chosen if chosen in self._columns else int(infl.samples[strongest(self.v, 1)[0][0] if (self.v > 0).any() else 0]))
         if self.compare.value: self._show_second()
 
     def _moved(self):
@@ -419,8 +412,8 @@ class Explorer:
             self.filters["pattern"].value = -1
             return
         self._shown = strongest(self.v, self.k, self.keep)
-        images = [self._line(s, columns) for s, columns in enumerate(self._shown)]
-        self.style_.value = f"<style>{''.join(itertools.chain(*images))}{self._bands()}</style>"
+        self._rules = "".join(itertools.chain(*[self._line(s, columns) for s, columns in enumerate(self._shown)]))
+        self._paint()
         if self.selected is not None: self._show_facts()
         self._choose()
         t1, t2 = self.window
@@ -429,8 +422,8 @@ class Explorer:
 
     def _line(self, s, columns):
         "Fill one line of cards; returns their style"
-        effect, chip = self.infl.effects[s], _CHIP[self.infl.effects[s]]
-        self.titles[s].value = f"<span class='dit-chip dit-{chip}'>{effect}</span> &nbsp; removal {'raises' if s == 0 else 'lowers'} {html.escape(self.infl.query.name)}" + ("" if len(columns) else ": no sample does")
+        effect, color = self.infl.effects[s], COLORS[self.infl.effects[s]]
+        self.titles[s].value = f"<span class='dit-chip' style='border-color: {color}'>{effect}</span> &nbsp; removal {'raises' if s == 0 else 'lowers'} {html.escape(self.infl.query.name)}" + ("" if len(columns) else ": no sample does")
         strength, rules = max([abs(self.v[c]) for c in columns], default=0) or 1, []
         for i, b in enumerate(self.cards[s]):
             if i >= len(columns):
@@ -442,20 +435,18 @@ class Explorer:
             head = " · ".join(x for x in (f"{'set ' if self.infl.groups is not None else ''}{j}", kind) if x)
             text = f"{head}\n{_signed(v)}" if self.faces.images else f"{head}  {_signed(v)}\n{self.faces.words(j)}"
             with b.hold_sync(): b.description, b.tooltip, b.disabled, b.sample = text, f"sample {j}{f' ({kind})' if kind else ''}: removal {'raises' if v > 0 else 'lowers'} {self.infl.query.name} by {abs(v):.3g}", False, j
-            color = COLORS[effect]
             bar = f"linear-gradient({color}, {color}) 0 100% / {100 * abs(v) / strength:.0f}% 4px no-repeat"
             image = f", url(data:image/png;base64,{self.faces.png(j)}) center 4px / auto 56px no-repeat" if self.faces.images else ""
             rules.append(f"{rule} {{background: {bar}{image}, var(--jp-layout-color1, #fff)}}")
         return rules
 
-    def _bands(self):
-        "Where the window lies on the pictures"
-        rules, (t1, t2) = [], self.window
-        for name, (left, bottom, width, height) in self.boxes.items():
-            end = max(self.infl.steps, self._edges[-1]) if name == "training" else self.course_end if hasattr(self, "course_end") else 1
-            a, b = (left + width * min(1, t / end) for t in (t1, t2))
-            rules.append(f".{self.me} .dit-band-{name} {{left: {a:.4%}; width: {b - a:.4%}; top: {1 - bottom - height:.2%}; height: {height:.2%}}}")
-        return "".join(rules)
+    def _paint(self):
+        "The cards' images, and where the window lies on the pictures: each of these has a box, and the step at its right end"
+        bands = []
+        for name, ((left, bottom, width, height), end) in self.boxes.items():
+            a, b = (left + width * min(1, t / end) for t in self.window)
+            bands.append(f".{self.me} .dit-band-{name} {{left: {a:.4%}; width: {b - a:.4%}; top: {1 - bottom - height:.2%}; height: {height:.2%}}}")
+        self.style_.value = f"<style>{self._rules}{''.join(bands)}</style>"
 
     def _choose(self):
         for b in itertools.chain(*self.cards): (b.add_class if b.sample is not None and b.sample == self.selected else b.remove_class)("dit-chosen")
@@ -463,16 +454,16 @@ class Explorer:
     def _show_course(self):
         "The influence of the selected sample over the training"
         if self.selected is None: return
-        one = self.infl.select([self._columns[self.selected]])
-        truth = self.truth
-        if truth is not None: truth = truth.select(truth.samples == self.selected) if self.selected in truth.columns else None
+        one, truth, end = self.infl.select([self._columns[self.selected]]), self.truth, None
+        if truth is not None: truth = truth.select(truth.samples == self.selected) if self.selected in truth.samples else None
         def draw(ax):
+            nonlocal end
             plot_influence(one, [self.selected], ax=ax, truth=truth)
             for marks in ax.collections: marks.set(color=GREY, alpha=.35)               # pale lines would shine on dark pages
-            self.course_end = ax.get_xlim()[1]
-        self.course.value, self.boxes["course"] = drawn(draw, (4.8, 2.7))
-        images = self.style_.value.split(f".{self.me} .dit-band-training")[0]
-        if images: self.style_.value = images + self._bands() + "</style>"
+            end = ax.get_xlim()[1]
+        self.course.value, box = drawn(draw, (4.8, 2.7))
+        self.boxes["course"] = box, end
+        self._paint()
 
     def _show_facts(self):
         rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in self._facts().items())
@@ -487,8 +478,8 @@ class Explorer:
         facts = {"sample" if self.infl.groups is None else "set": f"{j}" + (f", {kind}" if kind else "")} | ({"content": words} if words else {})
         facts[self.infl.name(t1, t2)] = f"{_signed(v)} ({self.infl.method}): " + (f"{up if v > 0 else down}, the {_ordinal(rank)} of {count:,}" if v else "no influence")
         truth = self.truth
-        if truth is not None and j in truth.columns:
-            x = float(truth.window(t1, t2)[truth.columns[j]])
+        if truth is not None and j in truth.samples:
+            x = float(truth.window(t1, t2)[truth.samples == j][0])
             facts["exact"] = f"{_signed(x)}" + (f", the estimate is off by {abs(v - x) / abs(x):.1%}" if x and self.infl.method != "exact" else "")
         facts["pattern"] = self._pattern(c)
         if self.diagnosis is not None:
@@ -519,13 +510,21 @@ class Explorer:
 
     # Work
 
+    def _learn(self, at, found):
+        "Take in what is exact of a query, and show it"
+        known, found = self.truths[at], replace(found, run=self.run)
+        if known is not None:
+            new = found.select(~np.isin(found.samples, known.samples))
+            found = replace(known, values=np.concatenate([known.values, new.values], -1), samples=np.concatenate([known.samples, new.samples]))
+        self.truths[at] = found
+        self._show_course(), self._show_facts()
+
     def _exact(self):
-        j, infl, known = self.selected, self.infl, self.known[self._at]
+        j, infl, at = self.selected, self.infl, self._at
         if j is None: return self.say("click on a sample first", True)
-        if j in known: return self.say(f"the exact value of sample {j} is known")
+        if self.truth is not None and j in self.truth.samples: return self.say(f"the exact value of sample {j} is known")
         def done(found):
-            known[j] = found.values[..., 0]
-            self._show_course(), self._show_facts()
+            self._learn(at, found)
             self.say(f"sample {j} was removed exactly")
         self.work.start(f"exact removal of sample {j}", lambda progress: leave_one_out(private(self.run), infl.query, [j], at=infl.times.tolist(), removal=infl.removal, progress=progress), done)
 
@@ -534,8 +533,7 @@ class Explorer:
         if infl.method == "exact": return self.say("this result is exact: there is nothing to diagnose")
         def done(found):
             self.diagnoses[at] = found
-            self.known[at] |= {int(j): found.true.values[..., c] for c, j in enumerate(found.true.samples)}
-            self._show_course(), self._show_facts()
+            self._learn(at, found.true)
             self.say(f"diagnosis: {found.verdict}; {len(found.true.samples)} samples were removed exactly")
         self.work.start("diagnosis", lambda progress: diagnose(private(self.run), infl, budget=min(64, len(infl.samples)), causes=False, progress=progress), done)
 
@@ -551,7 +549,7 @@ class Explorer:
             return [influence(grown, i.query, at=at, removal=i.removal, progress=progress) for i in self.infls]
         def done(found):
             self.infls = [replace(i, run=self.run) for i in found]
-            self.known, self.diagnoses, self._kinds, self._patterns = [{} for _ in found], [None] * len(found), {}, {}
+            self.truths, self.diagnoses, self._kinds, self._patterns = [None] * len(found), [None] * len(found), {}, {}
             self._turn_to(self._at)
             self.say(f"{len(new)} new boundaries, up to step {at[-1]:,}")
         self.work.start("influence", compute, done)

@@ -638,7 +638,7 @@ def _typical(ax, dataset, rows, k, first):
         small.set_xlabel(f"{row.sample}\n{row.confidence:.2f}", fontsize=7, labelpad=2)
         if not i and first: small.annotate("number\nconfidence", (0, 0), (-7, -2), xycoords="axes fraction", textcoords="offset points", ha="right", va="top", fontsize=7, color=_GREY)
 
-# %% ../nbs/11_plots.ipynb #105046b6
+# %% ../nbs/11_plots.ipynb #c04e132e
 def _sorted_rows(p):
     "Return the influence, `[(name, its samples' values [m, W])]` by pattern, the largest total first, and the windows' edges"
     if isinstance(p, Patterns): infl, values, windows, kind = p.infl, p.values, p.windows, p.frame["pattern"].to_numpy()
@@ -671,7 +671,6 @@ def plot_heatmap(p, relative=False, most=400, ax=None):
     (up, down), seen = infl.effects, np.abs(shown[np.isfinite(shown)])
     limit = 1. if relative else float(np.quantile(seen, .98) or seen.max()) if seen.any() else 1.
     ax, e = _one(ax, (.7 * PAGE, 3.4)), 0 if relative else _power([limit])
-    starts = np.r_[0, np.cumsum([-(-c // size) for c in counts])]
     y = np.concatenate([np.linspace(a, b, -(-c // size) + 1)[:-1] for a, b, c in zip(np.r_[0, np.cumsum(counts)[:-1]], np.cumsum(counts), counts)] + [[sum(counts)]])
     mesh = ax.pcolormesh(edges, y, shown, cmap=_diverging(COLORS[down], COLORS[up]), vmin=-limit, vmax=limit, rasterized=True)
     what = "sets" if infl.groups is not None else "samples"

@@ -16,7 +16,7 @@ def duration(s):
     "Return seconds in words."
     return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.0f} h"
 
-# %% ../nbs/01_progress.ipynb #24eaa3d0
+# %% ../nbs/01_progress.ipynb #b844a442
 class Cancelled(Exception):
     "Work was stopped by `Progress.cancel`; nothing of the caller's was changed."
 
@@ -63,7 +63,10 @@ class _Watched(plain_tqdm):
         progress.check()
         super().__init__(steps, desc=name, total=total, file=io.StringIO(), disable=False, leave=False, mininterval=.1)
         progress._bars.append(self)
-        progress.changed(self, now=True)
+        try: progress.changed(self, now=True)
+        except BaseException:                                            # of who is told: a bar that never began is none that others lie in
+            self.close()
+            raise
 
     def display(self, msg=None, pos=None): return True
 
@@ -81,10 +84,10 @@ class _Watched(plain_tqdm):
         finally: self.close()
 
     def close(self):
-        if self in self.progress._bars:
-            self.progress.changed(self, now=True)
-            self.progress._bars.remove(self)
         super().close()
+        if self not in self.progress._bars: return
+        try: self.progress.changed(self, now=True)
+        finally: self.progress._bars.remove(self)
 
     def __hash__(self): return id(self)
     def __eq__(self, other): return self is other

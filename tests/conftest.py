@@ -1,9 +1,11 @@
 """Set before torch is imported: the two workers share two cores, so each computes on one thread."""
 import os
+import time
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(name, "1")
 os.environ["TQDM_DISABLE"] = "1"
 
+from browser import PICTURES
 from hypothesis import settings
 
 settings.register_profile("same every time", derandomize=True)   # a landing must not hang on what is drawn
@@ -12,7 +14,5 @@ settings.load_profile("same every time")
 
 def pytest_terminal_summary(terminalreporter):
     "What the browser test has measured in this run"
-    import time
-    from pathlib import Path
-    file = Path(__file__).resolve().parents[1] / "_screenshots/latency.json"
+    file = PICTURES / "latency.json"
     if file.exists() and time.time() - file.stat().st_mtime < 3 * 3600: terminalreporter.write_line(f"explorer, from key press to changed picture (median): {file.read_text()}")

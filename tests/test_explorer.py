@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dit_nb import Recorder, breast_cancer, diagnose, digits, explore, influence, leave_one_out, loss_query, open_run, remove, supervised
+from dit_nb import Recorder, breast_cancer, digits, explore, influence, leave_one_out, loss_query, open_run, remove, supervised
 from dit_nb.cleansing import converging
 from dit_nb.data import Samples
 from dit_nb.dynamics import PATTERNS, patterns
-from dit_nb.explorer import GREY, Work, strongest
+from dit_nb.explorer import GREY, strongest
 from dit_nb.queries import parameter_query
 from dit_nb.results import Influence
 
@@ -90,7 +90,7 @@ def test_a_drag_draws_no_picture_and_moves_the_band(ex, monkeypatch):
     before = ex.style_.value
     ex.slider.index = 1, 3
     band = lambda css: [float(x) for x in re.search(r"dit-band-training \{left: ([\d.]+)%; width: ([\d.]+)%", css).groups()]
-    left, bottom, width, height = ex.boxes["training"]
+    (left, bottom, width, height), _ = ex.boxes["training"]
     assert np.allclose(band(ex.style_.value), [100 * (left + width / 6), 100 * width / 3], atol=1e-3) and band(before)[1] > band(ex.style_.value)[1]
 
 

@@ -138,6 +138,18 @@ def test_another_thread_stops_it(run):
     assert not thread.is_alive() and len(ended) == 1
 
 
+@pytest.mark.parametrize("when", [0, 2, 12])
+def test_an_error_of_who_is_told_ends_the_bar(run, when):
+    "At the beginning, on the way or at the end: what comes next lies in no bar that is gone."
+    told = []
+    def fails(p):
+        told.append(p.done)
+        if p.done >= when: raise KeyError("mine")
+    p = Told(fails)
+    with pytest.raises(KeyError, match="mine"): second_order(run, QUERY, range(2), progress=p)
+    assert told and not p._bars
+
+
 def test_a_checkpoint_is_kept(run, tmp_path, monkeypatch):
     "Cancelled work goes on from where its checkpoint says."
     monkeypatch.setattr("dit_nb.estimator.CHECKPOINT_SECONDS", 0.)
