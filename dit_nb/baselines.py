@@ -7,9 +7,10 @@ __all__ = ['SOLVERS', 'DETECTORS', 'losses_at', 'final_loss', 'mean_loss', 'in_s
            'out_of_fold', 'peer', 'confident_learning', 'step_sizes', 'products', 'tracin', 'attribution_task',
            'training_loader', 'in_peer', 'self_influence', 'influence_function', 'curvature', 'dvemb', 'detectors']
 
-# %% ../nbs/10_baselines.ipynb #58bf75ac
+# %% ../nbs/10_baselines.ipynb #60638bb9
 import importlib, io, time, warnings
 from contextlib import contextmanager, redirect_stderr
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -19,13 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .data import fetch
 from .estimator import boundaries
-from .progress import progress_bar
+from .progress import progress_bar, within
 from .queries import as_query
 from .repeats import perturbed
 from .results import Influence
 from .sensitivity import call_with, in_modes, leaves, query_gradient, query_value, twice_differentiable, untouched
 
-# %% ../nbs/10_baselines.ipynb #378873a1
+# %% ../nbs/10_baselines.ipynb #939ce11c
 def losses_at(run, t=None):
     "Return the loss of every training sample `[n]` in evaluation mode at the state before step `t` (step or mark's name; None: at the end); the mean over the tokens, where there are several."
     model = run.model_at(t)
@@ -37,12 +38,13 @@ def final_loss(run):
     "Return the loss of every training sample `[n]` at the end, in evaluation mode."
     return losses_at(run)
 
-def mean_loss(run, t1=0, t2=None):
+def mean_loss(run, t1=0, t2=None, progress=True):
     """Return the mean of the losses `[n]` that a sample had when it was trained on, over the steps of the window `[t1, t2]`; NaN for samples that the window did not use.
 
-    They are those on record, from before each update and in the training's mode, or computed again where there are none (a watched training)."""
+    They are those on record, from before each update and in the training's mode, or computed again where there are none (a watched training).
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     total, uses = np.zeros(run.n_samples), np.zeros(run.n_samples)
-    for t in range(run.step(t1), run.step(t2)):
+    for t in progress_bar(range(run.step(t1), run.step(t2)), "mean loss", progress):
         for part in run.trajectory.parts(t):
             losses = part.losses if part.losses is not None else in_step(run, t, part, lambda losses, _: losses.detach().cpu().numpy())
             np.add.at(total, part.idx.numpy(), losses.reshape(len(part.idx), -1).mean(1))
@@ -56,7 +58,7 @@ def in_step(run, t, part, f):
     with untouched(run.model, training), torch.enable_grad(), twice_differentiable(run.model):
         return call_with(run.model, {**state.buffers, **params}, lambda _: f(run.part_losses(part, run.fetch(part)), params))
 
-# %% ../nbs/10_baselines.ipynb #42e6168a
+# %% ../nbs/10_baselines.ipynb #b2583b06
 def forgotten(correct):
     "Return how often each sample was forgotten, `[n]`, from a history `[K, n]` of whether it was right; K for one that never was."
     correct = np.asarray(correct, dtype=bool)
@@ -68,19 +70,22 @@ def labelled(run):
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], torch.Tensor) and data[1].ndim == 1 and not data[1].is_floating_point(): return tuple(data)
     raise TypeError("this needs a classification: a data set of pairs (x, y) with class numbers y [n], and a model that returns logits [B, classes]")
 
-def forgetting(run, at=None):
-    "Return how often each sample was forgotten, `[n]`, judged in evaluation mode at the boundaries `at` (as in `influence`; default: every mark). Source: Toneva et al. 2019, arXiv 1812.05159, where samples are judged when their batch is trained on."
+def forgetting(run, at=None, progress=True):
+    """Return how often each sample was forgotten, `[n]`, judged in evaluation mode at the boundaries `at` (as in `influence`; default: every mark). Source: Toneva et al. 2019, arXiv 1812.05159, where samples are judged when their batch is trained on.
+
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     (x, y), correct = labelled(run), []
-    for t in boundaries(run, at):
+    for t in progress_bar(boundaries(run, at).tolist(), "forgetting", progress, unit="boundary"):
         model = run.model_at(int(t))
         with untouched(model, []), torch.no_grad(): correct.append(torch.cat([model(a).argmax(1) for a in x.split(1024)]).eq(y).cpu().numpy())
     return forgotten(correct)
 
-# %% ../nbs/10_baselines.ipynb #1ed986f7
-def out_of_fold(run, folds=5, seed=0, memory=2**30):
+# %% ../nbs/10_baselines.ipynb #6861f6ba
+def out_of_fold(run, folds=5, seed=0, memory=2**30, progress=True):
     """Return the probabilities `[n, classes]` that the run's repetitions without a sample's fold give its classes at the end.
 
-    Folds are of nearly equal size, drawn from `seed`; what is trained without a fold keeps start, batches, divisor and random numbers. Cost: `folds` trainings, vectorised as in `leave_one_out`. ValueError for fewer than 2 folds, or more than samples."""
+    Folds are of nearly equal size, drawn from `seed`; what is trained without a fold keeps start, batches, divisor and random numbers. Cost: `folds` trainings, vectorised as in `leave_one_out`. ValueError for fewer than 2 folds, or more than samples.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     if not 2 <= folds <= run.n_samples: raise ValueError(f"folds must be 2 to {run.n_samples}, the number of samples; not {folds}")
     (x, _), fold, found = labelled(run), torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(run.n_samples) % folds)), {}
     still = run.still(run.state(run.steps))
@@ -88,7 +93,7 @@ def out_of_fold(run, folds=5, seed=0, memory=2**30):
         for i, k in enumerate(rows, start=1):
             with in_modes(run.model), torch.no_grad():
                 found[k] = call_with(run.model, {**still, **{n: v[i] for n, v in stack.items() if n not in run.meta["slots"]}}, lambda m: m(x[fold == k]).softmax(1)).cpu()
-    perturbed(run, (fold != torch.arange(folds)[:, None]).double(), [run.steps], visit, memory)
+    with progress_bar(None, "training without folds", progress, total=run.steps) as bar: perturbed(run, (fold != torch.arange(folds)[:, None]).double(), [run.steps], visit, memory, tick=bar.update)
     probabilities = torch.empty(run.n_samples, found[0].shape[1], dtype=found[0].dtype)
     for k, p in found.items(): probabilities[fold == k] = p
     return probabilities.numpy()
@@ -98,12 +103,14 @@ def peer(name):
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f"{name.partition('.')[0]} is not installed, or can't be imported ({e}): pip install 'dit_nb[peers]'") from e
 
-def confident_learning(run, folds=5, seed=0, method="self_confidence", **kw):
-    "Return 1 - cleanlab's label quality of every sample, `[n]`, from probabilities `out_of_fold`; `method` and `kw` are those of `cleanlab.rank.get_label_quality_scores`."
-    rank = peer("cleanlab.rank")
-    return 1 - rank.get_label_quality_scores(labelled(run)[1].cpu().numpy(), out_of_fold(run, folds, seed).astype(float), method=method, **kw)
+def confident_learning(run, folds=5, seed=0, method="self_confidence", progress=True, **kw):
+    """Return 1 - cleanlab's label quality of every sample, `[n]`, from probabilities `out_of_fold`; `method` and `kw` are those of `cleanlab.rank.get_label_quality_scores`.
 
-# %% ../nbs/10_baselines.ipynb #804d2d5a
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
+    rank = peer("cleanlab.rank")
+    return 1 - rank.get_label_quality_scores(labelled(run)[1].cpu().numpy(), out_of_fold(run, folds, seed, progress=progress).astype(float), method=method, **kw)
+
+# %% ../nbs/10_baselines.ipynb #9f420f85
 def step_sizes(run, t):
     "Return the learning rate of each trained parameter at step `t`, `{name: number}`; negative where the step maximises."
     return {k: -h["lr"] if h.get("maximize") else h["lr"] for names, h in zip(run.rule.groups, run.trajectory.settings(t)["groups"]) for k in names}
@@ -123,13 +130,14 @@ def _asked(run, query, at):
 
 def _add(values, part, p): np.add.at(values, part.idx.numpy(), p.detach().reshape(len(part.idx), -1).sum(1).cpu().numpy())
 
-def tracin(run, query, at=None):
+def tracin(run, query, at=None, progress=True):
     """Return TracIn of every sample on a query, idealised: along every recorded step, as an `Influence` with boundaries `at`, as in `influence`.
 
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Steps are taken as plain SGD's with the recorded learning rates, whatever the optimizer. Source: Pruthi et al. 2020, arXiv 2002.08484, equation 1. Cost: a query's gradient and a double backward for each step."""
     query, times, values, baseline = _asked(run, query, at)
     total = np.zeros(run.n_samples)
-    for t in range(int(times[-1])):
+    for t in progress_bar(range(int(times[-1])), "TracIn", progress):
         state, eta = run.state(t), step_sizes(run, t)
         slope = query_gradient(run.model, query, state.params, state.buffers)[1]
         for part in run.trajectory.parts(t) if slope else ():
@@ -182,20 +190,21 @@ def self_influence(run, at=None):
         attributor.projector_kwargs = None              # else it projects on random directions, also where it is told None
         with twice_differentiable(attributor.task.model): return attributor.self_attribute(training_loader(run, 64, single=True)).numpy()
 
-# %% ../nbs/10_baselines.ipynb #d2902810
+# %% ../nbs/10_baselines.ipynb #b8c23225
 SOLVERS = {"explicit": "IFAttributorExplicit", "cg": "IFAttributorCG", "datainf": "IFAttributorDataInf"}
 
-def influence_function(run, query=None, at=None, damping=None, solver=None, layers=None, **kw):
+def influence_function(run, query=None, at=None, damping=None, solver=None, layers=None, progress=True, **kw):
     """Return the influence function of every sample on a query at each boundary in `at` (default: the end alone), by dattri, as an `Influence`; without a query the self-influence `[n]` at the end, which is that on the sample's own loss.
 
     `damping`: what is added to the Hessian's eigenvalues (default: 1 / the sum of the learning rates up to there). `solver`: `"explicit"` (up to some 1,000 parameters; the representations are dattri's and the Hessian our own double backward, since dattri's takes all samples through all of the network at once, many GB for images), `"cg"` (conjugate gradients, 10 iterations unless `max_iter` says otherwise) or
     `"datainf"`; default: `"cg"` for a query, `"explicit"` without. `layers`: names of the parameters to look at; default: all, but for the self-influence of more than 1,000 parameters those of the last layer. `kw` goes to dattri's attributor.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Source: Koh and Liang 2017, arXiv 1703.04730. ValueError for other solvers, ArithmeticError where one gives no numbers."""
     solver = solver or ("cg" if query else "explicit")
     if solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, not {solver!r}")
-    if query is None: return _attributed(run, None, run.steps, damping, solver, layers or _last_layer(run), kw)
+    if query is None: return _attributed(run, None, run.steps, damping, solver, layers or _last_layer(run), kw, progress)
     query, times, values, baseline = _asked(run, query, [run.steps] if at is None else at)
-    for i, t in enumerate(times): values[i] = _attributed(run, query, int(t), damping, solver, layers, kw)
+    for i, t in enumerate(progress_bar(times.tolist(), "influence functions", progress, unit="boundary")): values[i] = _attributed(run, query, t, damping, solver, layers, kw, within(progress))
     return Influence.of(run, query, values, times, np.arange(run.n_samples), baseline, "always", "influence functions")
 
 def _last_layer(run):
@@ -203,12 +212,12 @@ def _last_layer(run):
     if sum(int(np.prod(s)) for _, s in run.meta["params"].values()) <= 1000: return None
     return [k for k in names if k.rpartition(".")[0] == names[-1].rpartition(".")[0]]
 
-def curvature(run, t, names):
+def curvature(run, t, names, progress=False):
     "Return the Hessian `[p, p]` of the mean training loss, by the parameters `names` together, at the state before step `t`, in evaluation mode."
     state, H = run.state(t), 0.
     at = {k: v.detach().requires_grad_(k in names) for k, v in state.params.items()}
     with untouched(run.model, []), torch.enable_grad(), twice_differentiable(run.model):
-        for idx in torch.arange(run.n_samples).split(256):
+        for idx in progress_bar(torch.arange(run.n_samples).split(256), "Hessian", progress, unit="chunk"):
             batch = fetch(run.dataset, idx, run.device, run.collate_fn)
             loss = call_with(run.model, {**state.buffers, **at}, lambda m: run.loss_fn(m, batch).sum() / (run.n_samples * (run.length or 1)))
             g = torch.cat([v.flatten() for v in torch.autograd.grad(loss, [at[k] for k in names], create_graph=True, materialize_grads=True)])
@@ -216,13 +225,13 @@ def curvature(run, t, names):
             H = H + torch.cat([torch.cat([v.flatten(1) for v in r], 1) for r in rows])
     return H.detach()
 
-def _attributed(run, query, t, damping, solver, layers, kw):
+def _attributed(run, query, t, damping, solver, layers, kw, progress):
     if damping is None: damping = 1 / sum(max(step_sizes(run, s).values()) for s in range(t))
     task = attribution_task(run, [t], query)
+    if solver == "explicit": H = curvature(run, t, layers or list(run.meta["params"]), progress)      # here, where a bar is seen
     with in_peer(run), twice_differentiable(task.model):
         attributor = getattr(peer("dattri.algorithm"), SOLVERS[solver])(task, layer_name=layers, device=run.device, regularization=damping, **kw)
         if solver == "explicit":
-            H = curvature(run, t, layers or list(run.meta["params"]))
             attributor.transform_test_rep = lambda _, g: torch.linalg.solve(H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device), g.T).T
         else: attributor.cache(training_loader(run, run.n_samples))                 # one batch: dattri adds up the inverses of several
         def batches(): return (attributor.generate_train_rep(0, tuple(v.to(run.device)[None] for v in batch)) for batch in training_loader(run, 64))
@@ -235,16 +244,17 @@ def _attributed(run, query, t, damping, solver, layers, kw):
     if not scores.isfinite().all(): raise ArithmeticError("the solver gave no numbers: dattri's conjugate gradients divide 0 by 0 once they have arrived; take fewer of them (max_iter), or solver='explicit'")
     return scores.detach().cpu().numpy() / run.n_samples
 
-# %% ../nbs/10_baselines.ipynb #350044c0
-def dvemb(run, query, at=None):
+# %% ../nbs/10_baselines.ipynb #52f1b452
+def dvemb(run, query, at=None, progress=True):
     """Return the data value embedding's influence of every sample on a query, without a projection, as an `Influence` with boundaries `at`, as in `influence`.
 
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Source: Wang et al. 2025, arXiv 2412.09538. NotImplementedError for runs that were not trained by plain SGD, for which it is defined. Cost: a double backward and a backward for each step and live boundary."""
     if run.rule.name != "SGD" or any(s.get("clip") or h["momentum"] or h["maximize"] for s in run.trajectory.settings_seen for h in s["groups"]):
         raise NotImplementedError("data value embedding is defined for plain SGD, without momentum and clipping: use influence(run, query), which follows every optimizer")
     query, times, values, baseline = _asked(run, query, at)
     live = {}
-    for t in range(int(times[-1]), -1, -1):
+    for t in progress_bar(range(int(times[-1]), -1, -1), "data value embedding", progress):
         for i in np.flatnonzero(times == t):
             state = run.state(t)
             slope = query_gradient(run.model, query, state.params, state.buffers)[1]
@@ -265,18 +275,20 @@ def _back(run, t, live, values):
         in_step(run, t, part, through)
     live.update(new)
 
-# %% ../nbs/10_baselines.ipynb #7d3c1c6c
+# %% ../nbs/10_baselines.ipynb #d1ef9f54
 DETECTORS = {"final loss": final_loss, "mean loss": mean_loss, "forgetting": forgetting, "confident learning": confident_learning,
              "TracIn self-influence": self_influence, "influence functions": influence_function}
 
 def detectors(run, which=None, progress=True):
     """Return a frame `[n, detectors]` of the scores of `DETECTORS` (those named in `which`; default: all), higher for samples that are more likely to be corrupted; `attrs["seconds"]` says what each took.
 
-    One whose library is not installed is left out, with a printed line."""
+    One whose library is not installed is left out, with a printed line.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     scores, seconds = {}, {}
     for name in progress_bar([*DETECTORS] if which is None else which, "detectors", progress, unit="detector"):
         start = time.perf_counter()
-        try: scores[name] = DETECTORS[name](run)
+        detector = DETECTORS[name]
+        try: scores[name] = detector(run, **({"progress": within(progress)} if "progress" in signature(detector).parameters else {}))
         except ImportError as e:
             if progress is True: print(f"without {name}: {e}")
             continue

@@ -388,7 +388,7 @@ class Bound(Windows):
                 f"{': larger than the effect itself, it says nothing about most samples' if vacuous else ''}\n"
                 f"  constants: {'; '.join(f'{how}: ' + ', '.join(names) for how, names in by.items())}")
 
-# %% ../nbs/08_bounds.ipynb #691076cd
+# %% ../nbs/08_bounds.ipynb #9cb3afdc
 def error_bound(run, query, at=None, kind="trajectory", constants="estimated", known=None, convex=False, sketches=0, every=None, seed=0, progress=True):
     """Return a `Bound` of the error of `influence(run, query, at)` for every sample, from one sweep back over the run.
 
@@ -397,6 +397,7 @@ def error_bound(run, query, at=None, kind="trajectory", constants="estimated", k
     `convex` says that every sample's loss is convex in the parameters, as that of linear models is: then no removal, however large its effect, is enlarged by curvature.
     `sketches` random adjoints at every boundary estimate the length of every sample's first-order parameter change, which sharpens the bound, most where it is large; each costs what a further query does.
     Curvatures of the batches are measured in each `every`-th step (None: so that 12 of them are measured), and in between the larger of both neighbours is taken.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     Raises ValueError for runs that move BatchNorm's statistics, and for accumulated micro-batches where the step's Jacobian is not a function of the Hessian alone."""
     if kind not in ("trajectory", "worst case"): raise ValueError(f"kind must be 'trajectory' or 'worst case', not {kind!r}")

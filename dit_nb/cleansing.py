@@ -85,7 +85,7 @@ def sharpness_in_training(log_p, y):
 def _best(f, low, high): return float(minimize_scalar(f, bounds=(low, high), method="bounded").x)
 def _surprise(p, share, classes): return -np.log(np.maximum((1 - share) * p + share * (1 - p) / (classes - 1), np.finfo(float).tiny)).mean()
 
-# %% ../nbs/10_cleansing.ipynb #622d0645
+# %% ../nbs/10_cleansing.ipynb #ef07ba21
 def find_corrupted(run, val, window="converging", at=None, classes=None, labels=None, evidence=10, memory=2**30, progress=True):
     """Return a frame of all training samples, those that are most likely to carry a wrong label first: `sample`, its `given` label, the `suggested` one, `score` (how improbable the given one is), `flagged` (whether it is called wrong),
     and what that is from: `by_loss` and `by_influence`, the probabilities of the given label; `hurts`, for the first `evidence` samples, the three validation samples whose loss falls most where the sample is left out of the window, exactly (see `victims`).
@@ -93,6 +93,7 @@ def find_corrupted(run, val, window="converging", at=None, classes=None, labels=
 
     `val`: a batch of validation samples with right labels, a few of each class, such as `val[:]`. `window`: `"converging"` (see `converging`), `"early"`, `"middle"`, `"late"` (thirds of the run), `"full"`, or `(t1, t2)`. `at`: the
     boundaries that cut it into windows (default: every mark; of runs with less than two, up to ten parts of whole epochs). `classes`, `labels`: see `label_influence`.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Cost: about one `influence` with as many queries as classes over the window. Raises ValueError where val lacks all but one class, TypeError where labels are no class numbers."""
     times = boundaries(run, equal_parts(run) if at is None and len(run.marks) < 2 else at)
     y = labels_of(val, labels)
@@ -157,9 +158,11 @@ def _ranked(by_loss, by_influence, given, share):
     frame["flagged"] = (frame.index < round(share * frame["score"].count())) & (frame["suggested"] != frame["given"])
     return frame
 
-# %% ../nbs/10_cleansing.ipynb #40c1e7d0
+# %% ../nbs/10_cleansing.ipynb #eb472e82
 def harm(run, samples, val, t1=0, t2=None, memory=2**30, progress=True):
-    """Return by how much the loss of every sample of the batch `val` changes at the end of a window if a training sample is left out of it, exactly: `[m, n_val]` for `m` samples; negative where the sample harms."""
+    """Return by how much the loss of every sample of the batch `val` changes at the end of a window if a training sample is left out of it, exactly: `[m, n_val]` for `m` samples; negative where the sample harms.
+
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     t1, t2, rows = run.step(t1), run.step(t2), []
     with untouched(run.model), twice_differentiable(run.model) as moved:
         re, still = Retraining(run, moved), run.still(run.state(t2))
@@ -199,7 +202,7 @@ def detection(found, wrong):
     if isinstance(wrong, pd.DataFrame): answer["mended"] = (frame["suggested"].loc[idx].to_numpy() == wrong["true"].to_numpy()).mean()
     return pd.Series(answer)
 
-# %% ../nbs/10_cleansing.ipynb #f90fe8ee
+# %% ../nbs/10_cleansing.ipynb #20fc99bc
 @dataclass(repr=False)
 class Cleansed:
     """What mending labels changed: `table`, a frame with the rows `as trained` and `removed` or `relabelled`, and the columns `accuracy` and `loss` on the test batch; `samples` `[m]`, those that were mended; the `State` at the end of the
@@ -228,6 +231,7 @@ def cleanse(run, found, test, how="relabel", classes=None, labels=None, progress
     """Return the run repeated, exactly, with wrong labels mended, as `Cleansed`, with accuracy and loss on the batch `test` before and after.
 
     `found`: the frame of `find_corrupted`, whose `flagged` samples are mended; narrow it first for others, such as `found[:20].assign(flagged=True)`. `how`: `"relabel"` gives them the `suggested` label, `"remove"` leaves them out (with the batches' divisors unchanged).
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Cost: one training. Raises ValueError for frames without these columns."""
     if how not in ("relabel", "remove"): raise ValueError(f"how must be 'relabel' or 'remove', not {how!r}")
     if missing := {"sample", "suggested", "flagged"} - {*found.columns}: raise ValueError(f"the frame lacks {', '.join(sorted(missing))}: give the one of find_corrupted")

@@ -85,7 +85,7 @@ class Vectorised(_Stack):
         why = "" if not part.random else ": torch draws the random numbers of a batch of runs in another order"
         return None if gap <= tolerance(run.dtype) * scale else f"its vectorised gradients differ by {gap:.1g} from plain ones{why}"
 
-# %% ../nbs/07_counterfactual.ipynb #29003393
+# %% ../nbs/07_counterfactual.ipynb #63c0d55f
 class Retraining(Vectorised):
     """Repeats a recorded run without some of its samples, many runs at once.
 
@@ -139,7 +139,7 @@ class Retraining(Vectorised):
         drift = euclidean(repeated[k] - v for k, v in recorded.items()) / max(euclidean(recorded.values()), torch.finfo(self.run.dtype).tiny)
         if drift <= 100 * torch.finfo(self.run.dtype).eps: return
         if not self.verified:
-            self.run.verify(None)
+            self.run.verify(None, progress=False)
             self.verified = True
         if drift > tolerance(self.run.dtype) and self.method == "vmap" and any(p.random for s in range(t) for p in self.run.trajectory.parts(s)):
             raise RuntimeError("exact removal, vectorised, does not repeat the recorded run: torch seems to draw the random numbers of a batch of runs in another order; use method='loop'")
@@ -157,13 +157,14 @@ class Retraining(Vectorised):
             except Exception: self._looped_queries.add(query)                  # an error of the query's own is raised below
         return torch.stack([query_gradient(run.model, query, {k: v[i] for k, v in stack.items()}, still)[0] for i in range(len(next(iter(stack.values()))))])
 
-# %% ../nbs/07_counterfactual.ipynb #318d1d86
+# %% ../nbs/07_counterfactual.ipynb #c8035366
 def remove(run, query, groups, at=None, removal="always", method="auto", memory=2**30, progress=True, process_group=None):
     """Return the exact effect on a query of removing each of `groups` (lists of sample indices, or of `(sample, token)` pairs in runs recorded
     with `per_token`), as `Influence` whose columns are the groups; for a list of queries a list.
 
     `at`, `removal` and the sign are those of `influence`; `method` that of `Retraining`. Runs are trained in chunks of about
     `memory` bytes. Before long work starts, its duration is measured and printed. Cost: one training per group, vectorised.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     In several processes, those of `torch.distributed` or of its `process_group` (False: this one alone), all make the same call, each trains some of the runs, and all get the same, whole result."""
     ranks = Ranks(process_group)

@@ -110,12 +110,13 @@ def _by_backward(curve):
         slope, = torch.autograd.grad(curve(s), s, create_graph=True, materialize_grads=True)
         return torch.stack([slope.detach(), torch.autograd.grad(slope, s, materialize_grads=True)[0] if slope.requires_grad else torch.zeros_like(slope)])
 
-# %% ../nbs/08_errors.ipynb #c089fc4f
+# %% ../nbs/08_errors.ipynb #64655e6e
 def second_order(run, query, samples, at=None, removal="always", memory=2**30, progress=True):
     """Return the effect on a query of removing each of `samples`, to second order in the sample's weight, as `Influence` whose columns are the samples; for a list of queries a list.
 
     `at`, `removal` and the sign are those of `influence`; samples go in chunks of about `memory` bytes. It says how far first order is from the truth and why, and not more cheaply than the truth itself: a sample costs
     several times its exact removal. Kinks (ReLU, max-pooling, clipped gradients) have no second derivative, and what they do is not seen.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     Raises RuntimeError for models and optimizers that torch can't differentiate twice in forward mode, or vectorise: then use `leave_one_out`."""
     queries, several, times = asked(run, query, at, removal)
@@ -303,7 +304,7 @@ class _Errors(Answer):
             P = each(bend, i) / 2 * (push[:, i] / np.maximum(each(unit, i), np.finfo(float).tiny)) ** 2
             yield ErrorProxy(**{f.name: getattr(infl, f.name) for f in fields(Windows)} | {"values": P, "method": "error proxy"}, influence=infl)
 
-# %% ../nbs/08_errors.ipynb #57d5b938
+# %% ../nbs/08_errors.ipynb #80555562
 @dataclass(repr=False)
 class ErrorProxy(Windows):
     """About how large the error of a first-order influence is, for every sample and boundary: a heuristic to rank and to scale with, no bound.
@@ -326,6 +327,7 @@ def error_proxy(run, query, at=None, removal="always", memory=2**30, progress=Tr
 
     Arguments are those of `influence`. Cost: its sweep, and the norms of the samples' gradients, which come with it; the query's curvature is looked at in one direction at each boundary.
     The norms are those in linear layers, two-dimensional convolutions and embeddings; other parameters are left out. Where samples of a batch depend on each other (BatchNorm), a sample's norm is what arrives through its own outputs.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     Raises NotImplementedError if the model trains no such layer; otherwise as `influence`. Source of the idea: Deng et al. 2026, arXiv 2605.18814 (abstract)."""
     queries, several, times = asked(run, query, at, removal)

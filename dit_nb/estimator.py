@@ -28,7 +28,7 @@ from .store import in_bytes, sealed, tagged, unsealed, untagged, write_atomicall
 from .trajectory import check_arrival, named_step, replayed_steps, tolerance
 from .updates import carried
 
-# %% ../nbs/06_estimator.ipynb #568ecb9d
+# %% ../nbs/06_estimator.ipynb #430c2f20
 def boundaries(run, at=None):
     """Return the sorted steps `[K]` at which the query's change is wanted: `at` holds steps and marks' names; None stands
     for every mark, and for the end of a run without marks."""
@@ -58,6 +58,7 @@ def influence(run, query, at=None, removal="always", per_step=False, per_token=F
 
     `memory`: the bytes that the sweep may take beside model, data and answer. Where they don't suffice for all boundaries and queries at once, it goes in blocks, one sweep each; `plan_influence` says it beforehand.
     `checkpoint`: a file that keeps the progress, about every half minute; the same call goes on from it after an interruption, and removes it at the end.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     In several processes, those of `torch.distributed` or of its `process_group` (False: this one alone), all make the same call, share the work and get the same, whole result. They `split` each
     `"batch"`, or the `"boundaries"` (and queries); `"auto"` splits batches unless their samples depend on each other, by BatchNorm in training mode, random numbers or smoothed kinks.

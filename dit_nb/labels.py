@@ -132,11 +132,12 @@ class LabelInfluence(Windows):
                 f"  removal:  {self.removal!r}, {changed}\n"
                 f"  times:    {len(self.times)} boundaries, {', '.join(map(str, self.times[:4]))}{', ...' if len(self.times) > 4 else ''}")
 
-# %% ../nbs/09_labels.ipynb #75389180
+# %% ../nbs/09_labels.ipynb #87d360e4
 def label_influence(run, query, at=None, removal="always", since=0, classes=None, labels=None, memory=2**30, progress=True):
     """Return the first-order influence of every sample under every label on a query, as `LabelInfluence`; for a list of queries a list, from the same sweep.
 
     `at`, `removal`, `memory` as for `influence`; `since`: with `removal="window"`, where the first window begins (step or mark's name); `classes`: how many there are (default: those of the data set, or up to the largest given label); `labels`: see `labels_of`.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Cost: that of `influence` with the losses of `classes` labels, for `removal="window"` only `len(queries)` directions at a time. Raises TypeError and ValueError where labels are no class numbers."""
     queries, several, times = asked(run, query, at, removal)
     since = run.step(since)

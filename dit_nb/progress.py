@@ -16,9 +16,9 @@ def duration(s):
     "Return seconds in words."
     return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.0f} h"
 
-# %% ../nbs/01_progress.ipynb #b844a442
+# %% ../nbs/01_progress.ipynb #ecf49334
 class Cancelled(Exception):
-    "Work was stopped by `Progress.cancel`; nothing of the caller's was changed."
+    "Work was stopped by `Progress.cancel`: nothing of the caller's was changed, and what was not finished is lost, but for what a `checkpoint=` file keeps."
 
 class Progress:
     """How far work has come, and a way to stop it; given as `progress=` to any function that has this argument, and to one call at a time.
@@ -27,7 +27,7 @@ class Progress:
     - `cancel()`: from any thread; the work raises `Cancelled` at its next step; `cancelled`
     - `on_change(progress)` is called, in the working thread, at most ten times a second, and when a piece of work begins or ends"""
     def __init__(self, on_change=None):
-        self.on_change, self.name, self.done, self.total, self.rate = on_change, "", 0, 0, None
+        self.on_change, self.name, self.done, self.total, self.rate, self.unit = on_change, "", 0, 0, None, "step"
         self._bars, self._stop, self._last = [], threading.Event(), 0.
 
     cancelled = property(lambda self: self._stop.is_set())
@@ -40,17 +40,20 @@ class Progress:
 
     def check(self):
         "Raise `Cancelled` if the work is to stop."
-        if self.cancelled: raise Cancelled(f"{self.name or 'the work'} was cancelled" + (f" after {self.done:,.0f} of {self.total:,.0f} steps" if self.total else "") + ": nothing was changed")
+        if self.cancelled: raise Cancelled(f"{self.name or 'the work'} was cancelled" + (f" after {self._counted}" if self.total else "") + ": nothing was changed; a checkpoint= file, if there is one, is kept")
+
+    @property
+    def _counted(self): return f"{self.done:,.0f} of {self.total:,.0f}" + (" steps" if self.unit == "step" else "")
 
     @property
     def text(self):
         left = "" if self.remaining is None else f", {duration(self.remaining)} left"
-        return f"{self.name}: {self.done:,.0f} of {self.total:,.0f} steps{left}" if self.total else self.name
+        return f"{self.name}: {self._counted}{left}" if self.total else self.name
 
     def changed(self, bar, now=False):
         "A bar tells that it has moved."
         if not self._bars or bar is not self._bars[0] or not (now or time.monotonic() - self._last >= .1): return
-        self._last, said = time.monotonic(), bar.format_dict
+        self._last, said, self.unit = time.monotonic(), bar.format_dict, bar.unit
         self.name, self.done, self.total, self.rate = bar.name, said["n"], said["total"] or 0, said["rate"] or (said["n"] / said["elapsed"] if said["elapsed"] and said["n"] else None)
         if self.on_change: self.on_change(self)
 
@@ -58,10 +61,10 @@ class _Watched(plain_tqdm):
     "A bar that nobody sees, which tells a `Progress` how far it is, and stops where that says so"
     monitor_interval = 0
 
-    def __init__(self, steps, name, total, progress):
+    def __init__(self, steps, name, total, progress, unit):
         self.name, self.progress = name, progress
         progress.check()
-        super().__init__(steps, desc=name, total=total, file=io.StringIO(), disable=False, leave=False, mininterval=.1)
+        super().__init__(steps, desc=name, total=total, unit=unit, file=io.StringIO(), disable=False, leave=False, mininterval=.1)
         progress._bars.append(self)
         try: progress.changed(self, now=True)
         except BaseException:                                            # of who is told: a bar that never began is none that others lie in
@@ -92,14 +95,14 @@ class _Watched(plain_tqdm):
     def __hash__(self): return id(self)
     def __eq__(self, other): return self is other
 
-# %% ../nbs/01_progress.ipynb #7206c56c
+# %% ../nbs/01_progress.ipynb #be73af83
 def shown(progress):
     "Return whether progress is to be shown on the screen; tqdm's notebook bar would ignore its own environment variable."
     return progress is True and os.environ.get("TQDM_DISABLE", "0") in ("", "0")
 
 def progress_bar(steps=None, desc="", progress=True, total=None, unit="step"):
     "Return a bar as of `tqdm` over `steps`, or of `total` steps that are told by `update(n)`: on the screen (True), nowhere (False), or as part of a `Progress`."
-    if isinstance(progress, Progress): return _Watched(steps, desc, total, progress)
+    if isinstance(progress, Progress): return _Watched(steps, desc, total, progress, unit)
     return tqdm(steps, desc=desc, unit=unit, total=total, delay=.5, leave=False, disable=not shown(progress))
 
 def within(progress):

@@ -7,8 +7,8 @@ __all__ = ['refuse_modules', 'refuse_precision', 'refuse_autocast', 'versions', 
            'plan_recording', 'NoWriter', 'load_tagged', 'Undisturbed', 'Recording', 'StepRecorder', 'NotingSampler',
            'noting', 'WatchedLoader', 'Watch', 'Recorder']
 
-# %% ../nbs/04_recorder.ipynb #761d3b58
-import copy, json, signal, tempfile, threading, warnings, weakref
+# %% ../nbs/04_recorder.ipynb #bf537894
+import copy, json, signal, threading, warnings, weakref
 from base64 import b64decode, b64encode
 from collections import deque
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .data import fetcher, n_samples, sample_indices
 from .distributed import Ranks
 from .sensitivity import (BatchGradient, call_with, check_losses, drawn, euclidean, generators, leaves, moving_buffers, random_states,
                                 set_modes, set_random_states, tensor_bytes, training_modules, twice_differentiable, untouched)
-from .store import Lock, Part, Schedule, Trajectory, TrajectoryWriter, describe_tensors, sound_settings, tagged, untagged
+from .store import Lock, Part, Schedule, Trajectory, TrajectoryWriter, describe_tensors, sound_settings, tagged, temporary_folder, untagged
 from .trajectory import State, fingerprint, objective, open_run, probes, tolerance
 from .updates import clip_gradients, update_rule
 
@@ -137,7 +137,7 @@ def plan_recording(model, optimizer, steps, every="all", disk=None, path="."):
     params, buffers = {k: tensors[k] for names in rule.groups for k in names}, {k: tensors[k] for k in moving_buffers(model)}
     return Schedule(every, steps, tensor_bytes({**params, **buffers, **rule.slots(optimizer, params)}), disk, path)
 
-# %% ../nbs/04_recorder.ipynb #c56f53d7
+# %% ../nbs/04_recorder.ipynb #ff6abdf3
 class NoWriter:
     "What other ranks have in place of a writer: rank 0 writes for all."
     due, full, failed = False, False, None
@@ -182,7 +182,7 @@ class _Described:
 
     def _open_folder(self, path, every, overwrite, steps, disk, resume, stateful):
         if resume and path is None: raise ValueError("resume=True goes on with the run in a folder: give its path")
-        self._temporary, self.stateful = tempfile.TemporaryDirectory(prefix="dit_nb_") if path is None and self.ranks.first else None, stateful      # lives as long as the run
+        self._temporary, self.stateful = temporary_folder() if path is None and self.ranks.first else None, stateful      # lives as long as the run
         self.path = Path(self.ranks.gather(path or (self._temporary and self._temporary.name))[0])
         self._saved_stateful()                                                                                                   # TypeError now, not when the first hour is over
         schedule, first = Schedule(every, steps, tensor_bytes(self._state()), disk, self.path), self.ranks.first

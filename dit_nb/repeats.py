@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'shuffled', 'order_is_free', 'moved_start', 'rounded_start'
            'largest_eigenvalue', 'sharpness', 'perturbed', 'smoothness', 'directions', 'metasmoothness', 'along',
            'sides', 'Health', 'beyond', 'health']
 
-# %% ../nbs/08_repeats.ipynb #1e8ff69e
+# %% ../nbs/08_repeats.ipynb #63588f60
 import math, operator, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,17 +27,18 @@ from .progress import progress_bar, within
 from .kinks import flipped, kink_patterns
 from .queries import as_queries
 from .sensitivity import PullBack, call_with, in_modes, query_value, twice_differentiable, untouched
-from .store import Trajectory, TrajectoryWriter, own_files
+from .store import Trajectory, TrajectoryWriter, own_files, temporary_folder
 from .trajectory import Run, tolerance
 
-# %% ../nbs/08_repeats.ipynb #0d473111
+# %% ../nbs/08_repeats.ipynb #34014274
 class _Repeating(Run):
     "The training of a recorded run, from another start: its losses are noted, where a replay compares them"
     def __init__(self, run, order=None):
         super().__init__(run.trajectory, run.model, run.loss_fn, run.dataset, run.collate_fn)
-        self.order, self.noted = order, []
+        self.order, self.noted, self.tick = order, [], lambda steps: None
 
     def _differentiate(self, model, p, parts, weights, t):
+        self.tick(1)
         if self.order: parts = [shuffled(part, self.order) for part in parts]
         self.noted.append([])
         grads = super()._differentiate(model, p, parts, weights, t)
@@ -78,13 +79,14 @@ def rounded_start(params, generator):
     def aside(v): return torch.where(v == 0, v, torch.nextafter(v, v.new_tensor(math.inf) * (2. * torch.randint(2, v.shape, generator=generator) - 1).to(v)))
     return {k: aside(v) for k, v in params.items()}
 
-# %% ../nbs/08_repeats.ipynb #487f667e
+# %% ../nbs/08_repeats.ipynb #a34c33f9
 def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True, tick=None):
     """Return the recorded run repeated once, a `Run`: same batches, random numbers and settings, from parameters beside the recorded ones.
 
     Each tensor of initial parameters is moved by Gaussian noise (drawn from `seed`) of `scale` times its standard deviation; `scale=0` repeats the run, bit by bit. With `rounding` the start stays and the samples
     of every batch change places instead (or, where their places matter, every parameter begins one rounding aside). It is recorded into the folder `path`, or a temporary one (see `tempfile`), which goes
     with the object; `meta["repetition"]` says what was done. `tick(steps)` is called as the training goes on. In several processes each trains it.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     Raises ValueError for a scale that is no length and for a run without steps, FileExistsError if `path` holds a run, OSError when the disk is full; nothing is left then."""
     if isinstance(scale, (bool, str)) or not 0 <= scale < math.inf: raise ValueError(f"scale is a part of each tensor's standard deviation, such as 0.01; not {scale!r}")
@@ -96,7 +98,8 @@ def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True,
     how = "batches in another order" if free else "start moved by one rounding" if rounding else f"start moved by {scale:g} of each tensor's standard deviation"
     said = {"of": run.trajectory.commits[-1].hash, "how": how, "scale": 0. if rounding else float(scale), "seed": seed}
     with _folder(path) as (folder, temporary), progress_bar(None, "repetition", progress if tick is None else False, total=run.steps) as bar:
-        _train(repeating, start, folder, said, tick or bar.update)
+        repeating.tick = tick or bar.update
+        _train(repeating, start, folder, said)
     again = Run(Trajectory(folder, pin=run.trajectory.pin), run.model, run.loss_fn, run.dataset, run.collate_fn)
     again.temporary, again.memory = temporary, run.memory
     return again
@@ -104,7 +107,7 @@ def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True,
 @contextmanager
 def _folder(path):
     "A folder to record into, and the temporary one that it is, if `path` is None; if the block fails, nothing of its recording stays"
-    temporary = tempfile.TemporaryDirectory(prefix="dit_nb_") if path is None else None
+    temporary = temporary_folder() if path is None else None
     folder = Path(temporary.name if temporary else path)
     before, held = folder.exists(), folder.is_dir() and (folder / "run.sqlite").exists()
     try: yield folder, temporary
@@ -116,7 +119,7 @@ def _folder(path):
         if not isinstance(e, OSError) or "recording has stopped" not in str(e): raise         # it is the writer's, not the data set's
         raise OSError(e.errno, f"the repetition can't be recorded into {folder} ({e.__cause__ or e}); nothing of it is left: make room, or choose another folder (temporary ones lie in {tempfile.gettempdir()})") from e
 
-def _train(repeating, state, folder, said, tick):
+def _train(repeating, state, folder, said):
     "Train from `state`, and record it into the folder"
     tr, meta, T = repeating.trajectory, repeating.meta, repeating.steps
     stored, marks, chunk = set(tr.states()), list(repeating.marks.items()), int(min(64, repeating.room))
@@ -132,7 +135,6 @@ def _train(repeating, state, folder, said, tick):
                 writer.append(parts, tr.settings(t))
             state = states[b]
             if writer.full: writer.flush()
-            tick(b - a)
         _mark(writer, marks)
         writer.close(tensors(state))
     except BaseException as e:
@@ -224,24 +226,26 @@ def some_samples(run, k=64, seed=0, at=None):
     used = used_samples(run, boundaries(run, at)[-1])
     return np.sort(np.random.default_rng(seed).choice(used, min(k, len(used)), replace=False))
 
-# %% ../nbs/08_repeats.ipynb #0fb5614e
+# %% ../nbs/08_repeats.ipynb #b460e9a8
 def repeatability(run, query, samples=None, at=None, repeats=2, scale=.01, seed=0, progress=True, **kw):
     """Return the truth's own noise floor, an `Ensemble` of exact removals: of the `samples` (default: 64 random ones of those that were used), from the run and from `repeats` repetitions of it; for a list of queries a list.
 
     `frame()` says how the truth correlates with itself. With a correlation of r from run to run, not even the true mean over all runs correlates with the truth of a single one better than the root of r.
-    `at` is that of `influence`, `scale` and `seed` those of `repetition`, `kw` goes to `leave_one_out`. Cost: (1 + repeats) times that of `leave_one_out`, and the repetitions."""
+    `at` is that of `influence`, `scale` and `seed` those of `repetition`, `kw` goes to `leave_one_out`. Cost: (1 + repeats) times that of `leave_one_out`, and the repetitions.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     queries, several = as_queries(query)
     samples = some_samples(run, at=at, seed=seed) if samples is None else samples
     (found,), how = _over(run, [lambda r: leave_one_out(r, queries, samples, at=at, progress=within(progress), **kw)], repeats, scale, seed, "repeatability", progress)
     results = [Ensemble(list(m), how) for m in zip(*found)]
     return results if several else results[0]
 
-# %% ../nbs/08_repeats.ipynb #81145448
+# %% ../nbs/08_repeats.ipynb #295f8dc9
 def ensemble(run, query, repeats=8, scale=.01, at=None, exact=None, seed=0, progress=True, **kw):
     """Return the influence of every sample, averaged over the run and `repeats` repetitions of it, as `Ensemble`; for a list of queries a list.
 
     `exact`: samples that are also removed exactly, from each of the runs, for the averaged truth (`Ensemble.exact`). `at` is that of `influence`, `scale` and `seed` are those of `repetition`; `kw` goes to `influence`, `removal` and
     `process_group` to both. Each repetition is deleted once it is used. Cost: (1 + repeats) sweeps, and repeats trainings.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
 
     Raises ValueError for `per_step` and `checkpoint`, which are about a single run."""
     if single := [k for k in ("per_step", "checkpoint") if kw.get(k)]: raise ValueError(f"{single[0]} is about a single run, and an ensemble is of several: call influence for each repetition(run, seed=...)")
@@ -278,7 +282,7 @@ def adjoint_norms(run, query, at=None, memory=2**30, progress=False):
     infl, = answer.swept(progress).results()
     return answer.norms[::-1], infl                            # rows joined last boundary first
 
-# %% ../nbs/08_repeats.ipynb #a6b72d1a
+# %% ../nbs/08_repeats.ipynb #0ab6c476
 def stable_steps(rule, slots, settings):
     "Return `P` `{name: number or tensor}`, the step per unit of gradient as a part of what is stable at curvature 1, of slots after the step; None for optimizers of which no edge of stability is known."
     if rule.name not in _STABLE: return None
@@ -319,17 +323,24 @@ def largest_eigenvalue(product, like, iterations=30, tol=.01, seed=0):
         before = top
     return top
 
-def sharpness(run, steps=6, iterations=30, tol=.01):
+def sharpness(run, steps=6, iterations=30, tol=.01, progress=True):
     """Return a frame with a row for each of the `steps` (a list, or a number: the last steps of so many equal parts of the run): `step`, `sharpness` (the largest eigenvalue of the Hessian of the batch's loss, as it was trained on) and `edge`, the
-    same times the step size as a part of what is stable: above 1 the step is not stable. Eigenvalues are lower estimates, to about `tol`. Cost: some 10 to 30 double backwards for each."""
+    same times the step size as a part of what is stable: above 1 the step is not stable. Eigenvalues are lower estimates, to about `tol`. Cost: some 10 to 30 double backwards for each.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     steps = _ends(run.steps, steps) if isinstance(steps, int) else [run.step(t) for t in steps]
-    return pd.DataFrame([(t, *_edge(run, t, iterations, tol)) for t in steps], columns=["step", "sharpness", "edge"]).set_index("step")
+    with progress_bar(None, "sharpness", progress, total=len(steps)) as bar:
+        def at(t):
+            found = (t, *_edge(run, t, iterations, tol, lambda: bar.update(0)))
+            bar.update()
+            return found
+        return pd.DataFrame([at(t) for t in steps], columns=["step", "sharpness", "edge"]).set_index("step")
 
 def _ends(T, parts): return (np.unique(np.linspace(0, T, min(parts, T) + 1)[1:].astype(int)) - 1).tolist()
 
-def _edge(run, t, iterations, tol):
+def _edge(run, t, iterations, tol, look):
     state, settings, parts = run.state(t), run.trajectory.settings(t), run.trajectory.parts(t)
     def H(v):
+        look()                                                 # whether it is to stop
         products = [run.gradient_of(t, p, lambda gradient: _pulled(gradient(), v)) for p in parts]
         return {k: sum(p[k] for p in products) for k in v}
     top, P = largest_eigenvalue(H, state.params, iterations, tol), stable_steps(run.rule, run.state(t + 1).slots, settings)
@@ -347,16 +358,28 @@ def _pulled(graph, v):
     zeros = {k: torch.zeros_like(x)[None] for k, x in graph.moved.items()}
     return {k: x[0] for k, x in graph.pull_back({**{k: x[None] for k, x in v.items()}, **zeros}, keep=False)[1].items() if k in v}
 
-# %% ../nbs/08_repeats.ipynb #015adaee
-def perturbed(run, weights, times, visit, memory=2**30, method="auto"):
-    """Call `visit(t, rows, stack)` at the boundaries `times` of the trainings with the samples' `weights` `[m, n]`, two by two: `stack` `{name: [1 + len(rows), ...]}` are the moving tensors of the recorded run and of those `rows`."""
+# %% ../nbs/08_repeats.ipynb #edca1628
+def perturbed(run, weights, times, visit, memory=2**30, method="auto", tick=None):
+    """Call `visit(t, rows, stack)` at the boundaries `times` of the trainings with the samples' `weights` `[m, n]`, two by two: `stack` `{name: [1 + len(rows), ...]}` are the moving tensors of the recorded run and of those `rows`.
+
+    `tick(steps)` is called as the trainings go on, as if they were one: its sum is the last of `times`."""
     with untouched(run.model), twice_differentiable(run.model) as moved:
         re, times = Retraining(run, moved, method), list(map(int, times))
         size = max(2, (re.chunk(memory) - 1) // 2 * 2)
+        if tick: re.tick = _as_one(tick, len(weights) + -(-len(weights) // size))
         for a in range(0, len(weights), size):
             w = torch.cat([torch.ones_like(weights[:1]), weights[a:a + size]]).to(run.device, run.dtype)
             if run.length: w = w[..., None].expand(-1, -1, run.length)
             for t, stack in (re.states if re.method == "vmap" else re.looped_states)(w, 0, times): visit(t, range(a, a + len(w) - 1), stack)
+
+def _as_one(tick, runs):
+    "A `tick` of `runs` trainings together, in whole steps"
+    done = 0
+    def told(steps):
+        nonlocal done
+        done += steps
+        tick(done // runs - (done - steps) // runs)
+    return told
 
 def smoothness(base, one, two):
     "Return the metasmoothness of stacked tensors `{name: [...]}` at `z`, `z + hv` and `z + 2hv`; NaN if nothing moves."
@@ -370,11 +393,14 @@ def directions(run, k, seed=0, at=None):
     v[:, used] = torch.randn(k, len(used), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return v / v.norm(dim=1, keepdim=True)
 
-def metasmoothness(run, at=None, h=.5, k=4, seed=0, memory=2**30, method="auto"):
-    "Return the metasmoothness of the training at each boundary, `[K]` in [-1, 1]: the mean over `k` random directions of the sample weights, of length one, with steps of `h`. Cost: 1 + 2 k trainings, vectorised as in `leave_one_out`, whose `method` it takes."
+def metasmoothness(run, at=None, h=.5, k=4, seed=0, memory=2**30, method="auto", progress=True):
+    """Return the metasmoothness of the training at each boundary, `[K]` in [-1, 1]: the mean over `k` random directions of the sample weights, of length one, with steps of `h`. Cost: 1 + 2 k trainings, vectorised as in `leave_one_out`, whose `method` it takes.
+
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     times, v = boundaries(run, at), directions(run, k, seed, at)
     found = np.full((len(times), k), np.nan)
-    perturbed(run, along(v, h), times, lambda t, rows, stack: _smoothness(found[np.searchsorted(times, t)], rows, stack, run), memory, method)
+    with progress_bar(None, "metasmoothness", progress, total=int(times[-1])) as bar:
+        perturbed(run, along(v, h), times, lambda t, rows, stack: _smoothness(found[np.searchsorted(times, t)], rows, stack, run), memory, method, bar.update)
     return found.mean(1)
 
 def along(v, h):
@@ -391,7 +417,7 @@ def sides(run, tensors, data):
     with in_modes(run.model), torch.no_grad(), kink_patterns() as seen: call_with(run.model, tensors, lambda m: run.loss_fn(m, data))
     return seen
 
-# %% ../nbs/08_repeats.ipynb #faaf0e4d
+# %% ../nbs/08_repeats.ipynb #29c0e579
 LIMITS = {"growth": 10., "edge": 1., "metasmoothness": .9, "kinks": 1e-3, "noise": .1}
 
 @dataclass(repr=False)
@@ -439,24 +465,29 @@ def health(run, query, at=None, k=4, removals=8, steps=6, seed=0, memory=2**30, 
     """Return the `Health` of a run for a query: growth of the adjoint, edge of stability, metasmoothness, kinks and noise, at every boundary (`at` as in `influence`).
 
     `k` random directions for metasmoothness, `removals` samples that are removed to count kinks, `steps` whose sharpness is looked at. Cost: a sweep as of `influence`, 1 + 2 k + `removals` trainings, vectorised, one repetition, and
-    some 20 double backwards for each of the `steps`."""
+    some 20 double backwards for each of the `steps`.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     (q, *more), _ = as_queries(query)
     if more: raise ValueError("health is about one query at a time: call it for each")
     times = boundaries(run, at)
-    with progress_bar(None, "health", progress, total=2 * int(times[-1]) + run.steps) as bar:
+    ends, each = _ends(int(times[-1]), steps), 20                 # a sharpness costs about as many steps
+    with progress_bar(None, "health", progress, total=2 * int(times[-1]) + run.steps + each * len(ends)) as bar:
         norms, infl = adjoint_norms(run, q, times, memory, within(progress))
         bar.update(int(times[-1]))
-        smooth, kinks = _moves(run, times, k, removals, seed, memory)
-        bar.update(int(times[-1]))
+        smooth, kinks = _moves(run, times, k, removals, seed, memory, bar.update)
         effect = np.array([np.median(np.abs(v[used_samples(run, t)])) for v, t in zip(infl.values, times)])
         own = torch.finfo(run.dtype).eps * np.abs(infl.baseline)
         noise = np.maximum(np.abs(_repeated_baseline(run, q, times, seed, bar.update) - infl.baseline), own)              # the query's own rounding is the least
-    sharp = sharpness(run, _ends(int(times[-1]), steps))
+        sharp = []
+        for t in ends:
+            sharp.append(sharpness(run, [t], progress=within(progress)))
+            bar.update(each)
+    sharp = pd.concat(sharp) if sharp else sharpness(run, [], progress=False)
     frame = pd.DataFrame({"growth": np.nanmax(norms, 1) / norms[np.arange(len(times)), times], "edge": _latest(sharp["edge"], times), "metasmoothness": smooth, "kinks": kinks,
                           "noise": np.divide(noise, effect, out=np.full(len(times), np.nan), where=effect > 0)}, index=pd.Index([{t: k for k, t in run.marks.items()}.get(t, f"step {t}") for t in times.tolist()], name="boundary"))
     return Health(frame, norms, sharp, effect, {"steps": run.steps, "query": q.name, "directions": k, "removals": removals})
 
-def _moves(run, times, k, removals, seed, memory):
+def _moves(run, times, k, removals, seed, memory, tick):
     "Metasmoothness and kinks `[K]`, by the same trainings"
     v, who = directions(run, k, seed, times), torch.from_numpy(some_samples(run, removals, seed, times))
     w = torch.cat([along(v, .5), torch.ones(len(who), run.n_samples, dtype=torch.float64).scatter_(1, who[:, None], 0.)])
@@ -468,7 +499,7 @@ def _moves(run, times, k, removals, seed, memory):
         here = at(0)
         for i, row in enumerate(rows, start=1):
             if row >= 2 * k: kinks[b, row - 2 * k] = flipped(here, at(i))
-    perturbed(run, w, times, visit, memory)
+    perturbed(run, w, times, visit, memory, tick=tick)
     return smooth.mean(1), kinks.mean(1)
 
 def _repeated_baseline(run, q, times, seed, tick):

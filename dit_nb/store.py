@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POLICIES', 'ARITY', 'FORMAT', 'TABLES', 'STEPS', 'RANDOM', 'OTHERS', 'META', 'SEGMENT_BYTES', 'SEGMENT_STATES',
            'COMMIT_BYTES', 'COMMIT_STEPS', 'COMMIT_SECONDS', 'spine', 'Schedule', 'in_bytes', 'write_atomically',
-           'plain_file', 'checksum', 'save_tensors', 'tagged', 'untagged', 'sealed', 'unsealed', 'digest', 'covered',
-           'Part', 'index_type', 'describe_tensors', 'placed', 'Lock', 'TrajectoryWriter', 'link', 'own_files',
-           'segments', 'leftovers', 'Commit', 'sound_settings', 'Trajectory']
+           'temporary_folder', 'shown_path', 'plain_file', 'checksum', 'save_tensors', 'tagged', 'untagged', 'sealed',
+           'unsealed', 'digest', 'covered', 'Part', 'index_type', 'describe_tensors', 'placed', 'Lock',
+           'TrajectoryWriter', 'link', 'own_files', 'segments', 'leftovers', 'Commit', 'sound_settings', 'Trajectory']
 
 # %% ../nbs/03_store.ipynb #476da977
 import bisect, errno, gc, json, math, mmap, os, re, shutil, sqlite3, stat, tempfile, time, weakref
@@ -93,7 +93,7 @@ def in_bytes(size):
     unit, size = next(((u, size / 1024**i) for i, u in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")) if size >= 1024**i), ("bytes", size))
     return f"{size:.{1 if size < 10 and unit != 'bytes' else 0}f} {unit}"
 
-# %% ../nbs/03_store.ipynb #5a02e7f8
+# %% ../nbs/03_store.ipynb #aba1bce4
 def write_atomically(path, write):
     """Create the file `path`, or replace it, by `write(temporary)`, which writes a file under another name in the same folder: afterwards `path` is there whole, on the disk, or as it was before. Returns its `Path`.
 
@@ -118,6 +118,15 @@ def _sync(folder):
     try: os.fsync(fd)
     except OSError: pass
     finally: os.close(fd)
+
+def temporary_folder():
+    "Return a new folder for a run that was given no path; it is removed with the object (`tempfile.TemporaryDirectory`)."
+    return tempfile.TemporaryDirectory(prefix="dit_nb_")
+
+def shown_path(path):
+    "Return how to name a run's folder to people: its path, or that it is a temporary one, whose random name tells nothing."
+    path = Path(path)
+    return "a temporary folder" if path.name.startswith("dit_nb_") and path.resolve().parent == Path(tempfile.gettempdir()).resolve() else str(path)
 
 def plain_file(path):
     "Return whether the file is there; ValueError for links, folders and other things that are no plain file."

@@ -6,7 +6,7 @@
 __all__ = ['State', 'probes', 'fingerprint', 'named_step', 'tolerance', 'check_arrival', 'objective', 'RecordedRun', 'reach',
            'split', 'replayed_steps', 'ReplayedRun', 'Run', 'open_run', 'check_run']
 
-# %% ../nbs/03_trajectory.ipynb #3ebe3d06
+# %% ../nbs/03_trajectory.ipynb #2d8e739f
 import copy, inspect, math, operator, os
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,7 +21,7 @@ from .data import fetch, fetcher, n_samples
 from .progress import progress_bar
 from .sensitivity import (BatchGradient, as_written, call_with, check_losses, euclidean, leaves, saved_bytes, seeded, set_modes, set_random_states, twice_differentiable,
                                 untouched)
-from .store import Lock, Trajectory, describe_tensors, leftovers, save_tensors
+from .store import Lock, Trajectory, describe_tensors, leftovers, save_tensors, shown_path
 from .updates import SCALARS, rule_named
 
 # %% ../nbs/03_trajectory.ipynb #23fc9578
@@ -72,7 +72,7 @@ def check_arrival(before, after, recorded, t):
                        "optimizer from the recorded gradients. Something else changed gradients or parameters (clipping that the recorder was not told of, a hook, averaging, "
                        "non-deterministic kernels), or model code, loss_fn or data have changed since")
 
-# %% ../nbs/03_trajectory.ipynb #66b25826
+# %% ../nbs/03_trajectory.ipynb #9a46fb89
 def objective(losses, divisor):
     "Return what a step minimises: the mean of its losses, or for a micro-batch its share of that; always by the same operations, since a mean's gradient may round otherwise than a sum's."
     return losses.mean() if divisor == losses.numel() else losses.sum() / divisor
@@ -110,7 +110,7 @@ class RecordedRun:
     def __repr__(self):
         size = sum(f.stat().st_size for f in self.path.iterdir()) / 2**20
         return (f"Run of {self.steps} steps on {self.n_samples} samples: {self.rule.name}, {len(self.marks)} marks, "
-                f"{sum(int(np.prod(s)) for _, s in self.meta['params'].values()):,} parameters, {size:.1f} MB in {self.path}")
+                f"{sum(int(np.prod(s)) for _, s in self.meta['params'].values()):,} parameters, {size:.1f} MB in {shown_path(self.path)}")
 
     def step(self, t):
         "Return a step given as number, mark's name, `'start'`, or None for the end; ValueError outside the run."
@@ -191,7 +191,7 @@ def replayed_steps(length, room):
         else: total += length - 1
     return total
 
-# %% ../nbs/03_trajectory.ipynb #4aef8667
+# %% ../nbs/03_trajectory.ipynb #7eee90f2
 class ReplayedRun(RecordedRun):
     """A recorded run with all its states, stored or not, and the training repeated from any of them.
 
@@ -325,10 +325,10 @@ class ReplayedRun(RecordedRun):
         self.settle()
         return grads, self._own(buffers)
 
-    def verify(self, n=16, progress=False):
-        """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length, with a bar for `progress=True`.
+    def verify(self, n=16, progress=True):
+        """Return the largest deviation when `n` evenly spread steps (None: all) are repeated, as a part of the step's own length.
 
-        Raises RuntimeError if a repeated step does not arrive at the recorded state."""
+        `progress`: a bar (True), silence (False), or a `Progress`, which can cancel. Raises RuntimeError if a repeated step does not arrive at the recorded state."""
         steps = range(self.steps) if n is None else np.unique(np.linspace(0, self.steps - 1, n).astype(int))
         return max((self._arrived(self.state(t), self._train(self.state(t), t, t + 1)[t + 1], self.state(t + 1), t + 1) for t in progress_bar(list(map(int, steps)), "verification", progress)), default=0.)
 
@@ -387,12 +387,13 @@ def open_run(path, model, loss_fn, dataset, collate_fn=None, without=()):
         raise ValueError("the data set has other contents than the recorded one: pass the same samples in the same order, with the same dtype and collate_fn")
     return Run(trajectory, model, loss_fn, dataset, collate_fn)
 
-# %% ../nbs/03_trajectory.ipynb #1debc8a7
+# %% ../nbs/03_trajectory.ipynb #b104513a
 def check_run(path, model=None, loss_fn=None, dataset=None, collate_fn=None, repair=False, progress=True):
     """Check every file of the run in the folder `path` and return a frame: `file`, `status` (`ok`, `damaged`, `missing`, `left over`, with `repair` also `repaired`, `removed`), `what`.
 
     `repair` removes what a crash has left over, and, given what `open_run` is given, computes lost states again; only a file with its recorded checksum is put
-    in place. The database can't be computed again. Raises ValueError if it is damaged, FileNotFoundError if there is no run, RuntimeError for a `repair` while the run is being recorded."""
+    in place. The database can't be computed again. Raises ValueError if it is damaged, FileNotFoundError if there is no run, RuntimeError for a `repair` while the run is being recorded.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     trajectory, found, lock = Trajectory(path).check(), [("run.sqlite", "ok", "")], Lock(Path(path)) if repair else None
     for name, (size, hash, states) in progress_bar(sorted(trajectory._files.items()), "checking", progress, unit="file"):
         what = f"states {states[0]} to {states[-1]}" if states else "what training does not change"

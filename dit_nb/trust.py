@@ -66,7 +66,7 @@ def verdict(found):
     if found["pearson"][1] >= THRESHOLDS["pearson"] and found["relative_error"][1] <= THRESHOLDS["relative_error"]: return "reliable"
     return "ranking only" if found["spearman"][1] >= THRESHOLDS["spearman"] else "not reliable: verify"
 
-# %% ../nbs/08_trust.ipynb #a7905df2
+# %% ../nbs/08_trust.ipynb #f898075a
 @dataclass(repr=False)
 class Diagnosis:
     """How far an `Influence` can be trusted, from exact removals of some samples.
@@ -107,6 +107,7 @@ def diagnose(run, infl, budget=64, coverage=.9, causes=None, seed=0, progress=Tr
     """Return a `Diagnosis` of an estimate `infl`, from `budget` exact removals, which it makes.
 
     `coverage`: the probability with which a sample's truth lies within its interval. `causes`: whether to look for reasons in the run's `health` (None: if some window is not reliable). `kw` goes to `leave_one_out`.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Cost: the removals, an `error_proxy`, which is a sweep, and the `health`. A budget of all samples, or more, makes the measures exact.
     Raises ValueError for results that are exact already, that are about sets, or belong to another run."""
     if infl.method == "exact" or infl.groups is not None: raise ValueError("only an estimate about single samples needs a diagnosis: this result is " + ("exact" if infl.method == "exact" else "about sets"))
@@ -126,11 +127,12 @@ def diagnose(run, infl, budget=64, coverage=.9, causes=None, seed=0, progress=Tr
     if causes is None: causes = (table["verdict"] != "reliable").any()
     return Diagnosis(infl, true, k, table, calibration, health(run, infl.query, at=infl.times, progress=progress) if causes else None)
 
-# %% ../nbs/08_trust.ipynb #86bb3d38
+# %% ../nbs/08_trust.ipynb #4d1af37b
 def refine(infl, budget=16, by="strongest", t1=0, t2=None, progress=True, **kw):
     """Return the result with `budget` more of its columns exact (`method` `"mixed"`, `exact` tells which), by retraining; `kw` goes to `leave_one_out`.
 
     `by`: `"strongest"`, the samples of strongest influence in the window `[t1, t2]`, or a `Diagnosis` of this result, whose exact samples are put in for nothing, and then those with the widest intervals.
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel.
     Raises ValueError for results about sets or tokens, and those loaded without their run."""
     if infl.run is None: raise ValueError("this result was loaded without its run: load_influence(path, run), and set infl.query to the query")
     if infl.groups is not None or infl.length is not None: raise ValueError("only influences of single samples can be refined: " + ("these are sets" if infl.length is None else "take per_sample() first"))

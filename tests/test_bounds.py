@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume
 
 from cases import OPTIMIZERS, crossing, for_cases
 from dit_nb import error_bound, influence, leave_one_out, parameter_query

@@ -15,7 +15,6 @@ from dit_nb import (Recorder, breast_cancer, cleanse, corrupt_labels, detection,
                     loss_query, remove, restore_labels, supervised)
 from dit_nb.cleansing import WINDOWS, converging, equal_parts, harm, share_of_wrong, sharpness_of, victims
 from dit_nb.labels import LabelledRun, label_losses, labels_of, with_labels
-from dit_nb.models import mlp
 
 loss_fn = supervised(F.cross_entropy)
 

@@ -118,7 +118,6 @@ def test_accumulated_micro_batches_have_the_same_proxy():
 
 
 def test_coverage_is_what_is_stated(tmp_path):
-    reached = {}
     for name, make, lr, opt in [("tanh", lambda: nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)), .3, torch.optim.SGD), ("ReLU", lambda: nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)), .3, torch.optim.SGD),
                                 ("logistic", lambda: nn.Linear(64, 10), .5, torch.optim.SGD), ("AdamW", lambda: nn.Linear(64, 10), .01, torch.optim.AdamW)]:
         run, q = trained(tmp_path / name, make=make, lr=lr, opt=opt)

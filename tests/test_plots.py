@@ -1,6 +1,5 @@
 """Pictures: every one says its unit and sign, keeps its texts apart and on the page, draws on given axes and nothing else, and takes what a training may leave: NaN, one window, one sample, ten thousand."""
 import io
-import time
 import warnings
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_nb import (Influence, Query, Recorder, Samples, breast_cancer, corrupt_labels, diagnose, digits, error_bound, find_corrupted, influence, leave_one_out, loss_query, margin_query,
+from dit_nb import (Influence, Query, Recorder, breast_cancer, corrupt_labels, diagnose, digits, error_bound, find_corrupted, influence, leave_one_out, loss_query, margin_query,
                     patterns, phases, prediction_query, stages, supervised)
 from dit_nb.dynamics import PATTERNS
 from dit_nb.plots import (COLORS, COLUMN, PAGE, PALETTE, PATTERN_COLORS, STYLE, VERDICTS, plot_agreement, plot_bounds, plot_corrupted, plot_diagnosis, plot_heatmap, plot_influence,
@@ -306,15 +305,13 @@ def test_samples_never_used_have_no_score():
     assert not faults(plot_opinions(f.assign(score=np.nan)).figure)
 
 
-def test_ten_thousand_samples_are_drawn_in_no_time():
+def test_ten_thousand_samples_make_small_files():
     x = np.random.default_rng(0).normal(size=(10_000, 12)) * np.linspace(2, 0, 12)
     infl = made(x)
     p, f = patterns(infl, draws=2), finds(10_000)
     true = exact(infl, .3)
-    began = time.process_time()
     for ax in (plot_heatmap(p), plot_heatmap(infl), plot_agreement(infl, true, error=np.full(10_000, .5)), plot_scores(f, range(0, 1000, 3)), plot_opinions(f), plot_samples(infl)[0], plot_influence(infl, [0, 1])):
         ax.figure.canvas.draw()
-    assert time.process_time() - began < 30                       # some 3 s; the point is that it is not minutes
     assert len(plot_heatmap(p).collections[0].get_array()) <= 404
     file = io.BytesIO()
     with plot_style(): plot_heatmap(p).figure.savefig(file, format="pdf", dpi=200)

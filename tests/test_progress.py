@@ -13,8 +13,10 @@ from torch import nn
 
 from dit_nb import (Cancelled, Progress, Recorder, check_run, cleanse, corrupt_labels, diagnose, digits, ensemble, error_bound, error_proxy, find_corrupted, health, influence, label_influence, leave_one_out,
                     loss_query, refine, remove, repeatability, repetition, second_order, supervised, with_curvature)
-from dit_nb.baselines import detectors
+from dit_nb.baselines import detectors, dvemb, forgetting, influence_function, mean_loss, out_of_fold, tracin
 from dit_nb.cleansing import harm
+from dit_nb.progress import progress_bar
+from dit_nb.repeats import metasmoothness, sharpness
 from dit_nb.results import Windows
 from dit_nb.trajectory import Run, open_run
 
@@ -64,6 +66,14 @@ LONG = {
     "harm": lambda run, infl, found, **kw: harm(run, [1, 2, 3], VAL[:], **kw),
     "cleanse": lambda run, infl, found, **kw: cleanse(run, found, VAL[:], **kw),
     "detectors": lambda run, infl, found, **kw: detectors(run, ["final loss", "mean loss", "forgetting"], **kw),
+    "mean_loss": lambda run, infl, found, **kw: mean_loss(run, **kw),
+    "forgetting": lambda run, infl, found, **kw: forgetting(run, **kw),
+    "out_of_fold": lambda run, infl, found, **kw: out_of_fold(run, 3, **kw),
+    "tracin": lambda run, infl, found, **kw: tracin(run, QUERY, **kw),
+    "influence_function": lambda run, infl, found, **kw: influence_function(run, QUERY, [run.steps // 2, run.steps], **kw),
+    "dvemb": lambda run, infl, found, **kw: dvemb(run, QUERY, **kw),
+    "sharpness": lambda run, infl, found, **kw: sharpness(run, 3, **kw),
+    "metasmoothness": lambda run, infl, found, **kw: metasmoothness(run, **kw),
     "check_run": lambda run, infl, found, **kw: check_run(run.path, **kw),
     "verify": lambda run, infl, found, **kw: run.verify(None, **kw),
 }
@@ -121,6 +131,68 @@ def test_stopped_work_leaves_all_as_it_was(name, run, infl, found, tmp_path, mon
         ask(run, infl, found, progress=Told(stop))
     assert "nothing was changed" in str(e.value) and same(before, surroundings(run))
     np.testing.assert_allclose(numbers(ask(run, infl, found, progress=False)), whole, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_ctrl_c_leaves_all_as_it_was(name, run, infl, found, tmp_path, monkeypatch, capfd):
+    "Wherever a long function looks whether it is to stop, Ctrl-C may come as well: at the first such place, and in the middle."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for p in run.model.parameters(): p.grad = torch.ones_like(p)
+    looks = 0
+    class Interrupted(Progress):
+        at = None
+        def check(self):
+            nonlocal looks
+            looks += 1
+            if looks == self.at: raise KeyboardInterrupt
+    LONG[name](run, infl, found, progress=Interrupted())
+    before = surroundings(run)
+    for at in sorted({1, 2, looks // 2, looks} - {0}):
+        p, looks = Interrupted(), 0
+        p.at = at
+        with pytest.raises(KeyboardInterrupt): LONG[name](run, infl, found, progress=p)
+        assert same(before, surroundings(run)) and not p._bars, f"interrupted at look {at}"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_another_thread_stops_everything(name, run, infl, found, tmp_path, monkeypatch):
+    "The thread that works waits, as soon as it is told of, until the caller's has cancelled: so it can't have ended before."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen, pressed, ended = threading.Event(), threading.Event(), []
+    p, before = Told(lambda p: (seen.set(), pressed.wait(60))), surroundings(run)
+    def work():
+        try: ended.append(LONG[name](run, infl, found, progress=p))
+        except BaseException as e: ended.append(e)
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert seen.wait(60)
+    p.cancel()
+    pressed.set()
+    thread.join(60)
+    assert not thread.is_alive() and isinstance(ended[0], Cancelled) and same(before, surroundings(run)) and not p._bars
+
+
+def test_progress_where_bars_are_switched_off(run, monkeypatch):
+    "TQDM_DISABLE is about the screen."
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    p = Progress()
+    influence(run, QUERY, progress=p)
+    assert p.done == p.total == run.steps and p.fraction == 1
+    p.cancel()
+    with pytest.raises(Cancelled): influence(run, QUERY, progress=p)
+
+
+@pytest.mark.parametrize("when", [0, 2, 3])
+def test_on_change_that_fails(when):
+    "At the beginning, on the way, at the end: no bar is left behind, so the next work is told of as ever."
+    def fails(p):
+        if p.done == when: raise OSError("the page is closed")
+    p = Told(fails)
+    with pytest.raises(OSError): list(progress_bar(range(3), "first", p))
+    p.on_change, again = None, []
+    for _ in progress_bar(range(3), "second", p): again.append(p.name)
+    assert again == ["second"] * 3 and not p._bars
 
 
 def test_another_thread_stops_it(run):
