@@ -192,7 +192,7 @@ def _named(widget, *names):
     for name in names: widget.add_class(f"dit-{name}")
     return widget
 
-# %% ../nbs/12_explorer.ipynb #cd13afe3
+# %% ../nbs/12_explorer.ipynb #270a1f22
 class Explorer:
     """The window explorer; see `explore`. It shows itself where a notebook shows what a cell returns; `widget` is the widget, to be put among others.
 
@@ -309,7 +309,7 @@ class Explorer:
         "Show what is known of sample `j`; None: of nobody. ValueError if the result lacks it."
         if j is not None and int(j) not in self._columns: raise ValueError(f"the result has no sample {j}: it has {len(self._columns):,}, such as {', '.join(map(str, self.infl.samples[:3].tolist()))}")
         self.selected = None if j is None else int(j)
-        self._show_course(), self._show_facts(), self._choose()
+        self._choose(), self._show_course(), self._show_facts()       # the facts last: whoever sees them sees all
 
     def say(self, text, alarm=False):
         "Say something in the line below the page; with `alarm`, that something is wrong."
@@ -405,8 +405,8 @@ class Explorer:
         self._shown = strongest(self.v, self.k, self.keep)
         self._rules = "".join(itertools.chain(*[self._line(s, columns) for s, columns in enumerate(self._shown)]))
         self._paint()
-        if self.selected is not None: self._show_facts()
         self._choose()
+        if self.selected is not None: self._show_facts()
         t1, t2 = self.window
         n = len(self.v) if self.keep is None else int(self.keep.sum())
         self.head.value = f"<b class='dit-window'>{html.escape(self.infl.name(t1, t2))}</b> &nbsp; steps {t1:,} to {t2:,} &nbsp; {n:,} {'samples' if self.infl.groups is None else 'sets'}"        # last: whoever sees it sees all

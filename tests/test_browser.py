@@ -111,7 +111,7 @@ def change(p, do):
 
 
 def twice(test):
-    "Repeat a test that fails, once, and keep what was wrong in _screenshots/: 1 of 7 runs failed on a busy machine, for a reason not found yet."
+    "Repeat a test that fails, once, and keep what was wrong in _screenshots/: browsers, servers and kernels share two cores with all other tests."
     @functools.wraps(test)
     def repeated(**fixtures):
         try: test(**fixtures)
