@@ -10,8 +10,7 @@ import dit_nb
 from test_notebooks import NBS, NOTEBOOKS, ROOT
 
 sys.path.append(str(ROOT / "tools"))
-book = pytest.importorskip("book", reason="pip install -e '.[dev]'")
-pytest.importorskip("myst_nb", reason="pip install -e '.[dev]'")
+import book                                                                    # noqa: E402
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")        # of Sphinx's own extensions
