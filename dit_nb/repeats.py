@@ -30,15 +30,14 @@ from .sensitivity import PullBack, call_with, in_modes, query_value, twice_diffe
 from .store import Trajectory, TrajectoryWriter, own_files, temporary_folder
 from .trajectory import Run, tolerance
 
-# %% ../nbs/08_repeats.ipynb #34014274
+# %% ../nbs/08_repeats.ipynb #17bc73fd
 class _Repeating(Run):
     "The training of a recorded run, from another start: its losses are noted, where a replay compares them"
     def __init__(self, run, order=None):
         super().__init__(run.trajectory, run.model, run.loss_fn, run.dataset, run.collate_fn)
-        self.order, self.noted, self.tick = order, [], lambda steps: None
+        self.order, self.noted = order, []
 
     def _differentiate(self, model, p, parts, weights, t):
-        self.tick(1)
         if self.order: parts = [shuffled(part, self.order) for part in parts]
         self.noted.append([])
         grads = super()._differentiate(model, p, parts, weights, t)
@@ -79,7 +78,7 @@ def rounded_start(params, generator):
     def aside(v): return torch.where(v == 0, v, torch.nextafter(v, v.new_tensor(math.inf) * (2. * torch.randint(2, v.shape, generator=generator) - 1).to(v)))
     return {k: aside(v) for k, v in params.items()}
 
-# %% ../nbs/08_repeats.ipynb #a34c33f9
+# %% ../nbs/08_repeats.ipynb #c29ff903
 def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True, tick=None):
     """Return the recorded run repeated once, a `Run`: same batches, random numbers and settings, from parameters beside the recorded ones.
 
@@ -98,8 +97,7 @@ def repetition(run, path=None, scale=.01, seed=0, rounding=False, progress=True,
     how = "batches in another order" if free else "start moved by one rounding" if rounding else f"start moved by {scale:g} of each tensor's standard deviation"
     said = {"of": run.trajectory.commits[-1].hash, "how": how, "scale": 0. if rounding else float(scale), "seed": seed}
     with _folder(path) as (folder, temporary), progress_bar(None, "repetition", progress if tick is None else False, total=run.steps) as bar:
-        repeating.tick = tick or bar.update
-        _train(repeating, start, folder, said)
+        _train(repeating, start, folder, said, tick or bar.update)
     again = Run(Trajectory(folder, pin=run.trajectory.pin), run.model, run.loss_fn, run.dataset, run.collate_fn)
     again.temporary, again.memory = temporary, run.memory
     return again
@@ -119,7 +117,7 @@ def _folder(path):
         if not isinstance(e, OSError) or "recording has stopped" not in str(e): raise         # it is the writer's, not the data set's
         raise OSError(e.errno, f"the repetition can't be recorded into {folder} ({e.__cause__ or e}); nothing of it is left: make room, or choose another folder (temporary ones lie in {tempfile.gettempdir()})") from e
 
-def _train(repeating, state, folder, said):
+def _train(repeating, state, folder, said, tick):
     "Train from `state`, and record it into the folder"
     tr, meta, T = repeating.trajectory, repeating.meta, repeating.steps
     stored, marks, chunk = set(tr.states()), list(repeating.marks.items()), int(min(64, repeating.room))
@@ -128,7 +126,7 @@ def _train(repeating, state, folder, said):
     try:
         for a in range(0, T, chunk):
             b = min(a + chunk, T)
-            states = repeating._train(state, a, b, keep=True)
+            states = repeating._train(state, a, b, keep=True, tick=tick)
             for t, parts in zip(range(a, b), repeating.parts()):
                 _mark(writer, marks)
                 writer.hold(tensors(states[t]))
@@ -282,7 +280,7 @@ def adjoint_norms(run, query, at=None, memory=2**30, progress=False):
     infl, = answer.swept(progress).results()
     return answer.norms[::-1], infl                            # rows joined last boundary first
 
-# %% ../nbs/08_repeats.ipynb #0ab6c476
+# %% ../nbs/08_repeats.ipynb #26e48ad5
 def stable_steps(rule, slots, settings):
     "Return `P` `{name: number or tensor}`, the step per unit of gradient as a part of what is stable at curvature 1, of slots after the step; None for optimizers of which no edge of stability is known."
     if rule.name not in _STABLE: return None
@@ -328,19 +326,22 @@ def sharpness(run, steps=6, iterations=30, tol=.01, progress=True):
     same times the step size as a part of what is stable: above 1 the step is not stable. Eigenvalues are lower estimates, to about `tol`. Cost: some 10 to 30 double backwards for each.
     `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
     steps = _ends(run.steps, steps) if isinstance(steps, int) else [run.step(t) for t in steps]
-    with progress_bar(None, "sharpness", progress, total=len(steps)) as bar:
-        def at(t):
-            found = (t, *_edge(run, t, iterations, tol, lambda: bar.update(0)))
-            bar.update()
-            return found
-        return pd.DataFrame([at(t) for t in steps], columns=["step", "sharpness", "edge"]).set_index("step")
+    with progress_bar(None, "sharpness", progress, total=len(steps)) as bar: return _sharpness(run, steps, bar.update, iterations, tol)
+
+def _sharpness(run, steps, tick, iterations=30, tol=.01):
+    "The frame; `tick(1)` is called after each step, and `tick(0)` before each product, which may stop it"
+    def at(t):
+        found = (t, *_edge(run, t, iterations, tol, tick))
+        tick(1)
+        return found
+    return pd.DataFrame([at(t) for t in steps], columns=["step", "sharpness", "edge"]).set_index("step")
 
 def _ends(T, parts): return (np.unique(np.linspace(0, T, min(parts, T) + 1)[1:].astype(int)) - 1).tolist()
 
-def _edge(run, t, iterations, tol, look):
+def _edge(run, t, iterations, tol, tick):
     state, settings, parts = run.state(t), run.trajectory.settings(t), run.trajectory.parts(t)
     def H(v):
-        look()                                                 # whether it is to stop
+        tick(0)
         products = [run.gradient_of(t, p, lambda gradient: _pulled(gradient(), v)) for p in parts]
         return {k: sum(p[k] for p in products) for k in v}
     top, P = largest_eigenvalue(H, state.params, iterations, tol), stable_steps(run.rule, run.state(t + 1).slots, settings)
@@ -417,7 +418,7 @@ def sides(run, tensors, data):
     with in_modes(run.model), torch.no_grad(), kink_patterns() as seen: call_with(run.model, tensors, lambda m: run.loss_fn(m, data))
     return seen
 
-# %% ../nbs/08_repeats.ipynb #29c0e579
+# %% ../nbs/08_repeats.ipynb #1b24e9ed
 LIMITS = {"growth": 10., "edge": 1., "metasmoothness": .9, "kinks": 1e-3, "noise": .1}
 
 @dataclass(repr=False)
@@ -478,11 +479,7 @@ def health(run, query, at=None, k=4, removals=8, steps=6, seed=0, memory=2**30, 
         effect = np.array([np.median(np.abs(v[used_samples(run, t)])) for v, t in zip(infl.values, times)])
         own = torch.finfo(run.dtype).eps * np.abs(infl.baseline)
         noise = np.maximum(np.abs(_repeated_baseline(run, q, times, seed, bar.update) - infl.baseline), own)              # the query's own rounding is the least
-        sharp = []
-        for t in ends:
-            sharp.append(sharpness(run, [t], progress=within(progress)))
-            bar.update(each)
-    sharp = pd.concat(sharp) if sharp else sharpness(run, [], progress=False)
+        sharp = _sharpness(run, ends, lambda steps: bar.update(each * steps))
     frame = pd.DataFrame({"growth": np.nanmax(norms, 1) / norms[np.arange(len(times)), times], "edge": _latest(sharp["edge"], times), "metasmoothness": smooth, "kinks": kinks,
                           "noise": np.divide(noise, effect, out=np.full(len(times), np.nan), where=effect > 0)}, index=pd.Index([{t: k for k, t in run.marks.items()}.get(t, f"step {t}") for t in times.tolist()], name="boundary"))
     return Health(frame, norms, sharp, effect, {"steps": run.steps, "query": q.name, "directions": k, "removals": removals})

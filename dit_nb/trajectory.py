@@ -191,7 +191,7 @@ def replayed_steps(length, room):
         else: total += length - 1
     return total
 
-# %% ../nbs/03_trajectory.ipynb #7eee90f2
+# %% ../nbs/03_trajectory.ipynb #03defa75
 class ReplayedRun(RecordedRun):
     """A recorded run with all its states, stored or not, and the training repeated from any of them.
 
@@ -279,7 +279,7 @@ class ReplayedRun(RecordedRun):
             state = self._train(state, t, t + 1, weights)[t + 1]
             yield t + 1, state
 
-    def _train(self, state, start, stop, weights=None, keep=False):
+    def _train(self, state, start, stop, weights=None, keep=False, tick=lambda steps: None):
         "`{t: State}` of `stop`, with `keep` of all from `start` on: trained again from `state`, with the model set up once"
         states, self.repeated = {start: state} if keep or stop == start else {}, self.repeated + stop - start
         if start == stop: return states
@@ -296,6 +296,7 @@ class ReplayedRun(RecordedRun):
                 for k, v in params.items(): p[k].data = v
                 state = State(params, self._own(buffers), slots)
                 if keep or t + 1 == stop: states[t + 1] = state
+                tick(1)
         with untouched(self.model, []), as_written(self.model), torch.enable_grad(): call_with(self.model, {**buffers, **p}, steps)
         self.settle()
         return states

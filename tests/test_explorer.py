@@ -14,9 +14,9 @@ from dit_nb import Recorder, breast_cancer, digits, explore, influence, leave_on
 from dit_nb.cleansing import converging
 from dit_nb.data import Samples
 from dit_nb.dynamics import PATTERNS, patterns
-from dit_nb.explorer import GREY, strongest
+from dit_nb.explorer import GREY
 from dit_nb.queries import parameter_query
-from dit_nb.results import Influence
+from dit_nb.results import Influence, strongest
 
 TRAIN, VAL = digits()
 DATA, loss_fn = TRAIN.subset(range(120)), supervised(F.cross_entropy)
