@@ -51,7 +51,7 @@ class _Group:
             if r == self.rank: mine.append(i)
         return mine
 
-# %% ../nbs/01_distributed.ipynb #50a0f455
+# %% ../nbs/01_distributed.ipynb #65819714
 class _Failed(BaseException): "Some rank has failed; a BaseException, so that no other code takes it for an error of its own"
 
 class _Rounds(_Group):
@@ -84,10 +84,14 @@ class _Rounds(_Group):
     def alert(self, steps):
         "Yield from `steps`, within `together()`; if another rank has failed, raise about a second later."
         for x in steps:
-            if self.size > 1 and time.monotonic() - self._time > 1 and not (self._open and not self._open[0].is_completed()):
-                if self._open: self._end()
-                self._begin()
+            self.look()
             yield x
+
+    def look(self):
+        "The same once, for loops that are someone else's."
+        if self.size > 1 and time.monotonic() - self._time > 1 and not (self._open and not self._open[0].is_completed()):
+            if self._open: self._end()
+            self._begin()
 
     @contextmanager
     def together(self):

@@ -191,7 +191,7 @@ def replayed_steps(length, room):
         else: total += length - 1
     return total
 
-# %% ../nbs/03_trajectory.ipynb #03defa75
+# %% ../nbs/03_trajectory.ipynb #719572dd
 class ReplayedRun(RecordedRun):
     """A recorded run with all its states, stored or not, and the training repeated from any of them.
 
@@ -270,14 +270,15 @@ class ReplayedRun(RecordedRun):
             for k, v in {**state.buffers, **state.params}.items(): tensors[k].copy_(v)
         return model
 
-    def replay(self, start=0, stop=None, weights=None):
-        """Yield `(t, state)` for `t = start .. stop`, training again from the recorded state at `start` over the recorded batches,
-        with the samples' `weights` (tensor `[n]`, or `[n, L]` for tokens; default 1: the recorded run)."""
-        state, stop = self.state(start), self.steps if stop is None else stop
-        yield start, state
-        for t in range(start, stop):
-            state = self._train(state, t, t + 1, weights)[t + 1]
-            yield t + 1, state
+    def replay(self, start=0, stop=None, weights=None, at=None, tick=lambda steps: None):
+        """Yield `(t, state)` for `t = start .. stop`, or for those of the steps `at` that are not before `start`, training again from the recorded state at `start` over the recorded batches,
+        with the samples' `weights` (tensor `[n]`, or `[n, L]` for tokens; default 1: the recorded run). `tick(1)` is called after each step that was trained.
+
+        Fewer steps are faster: between two of them the model is set up once."""
+        state, t = self.state(start), start
+        for after in range(start, (self.steps if stop is None else stop) + 1) if at is None else sorted(s for s in set(at) if s >= start):
+            state, t = self._train(state, t, after, weights, tick=tick)[after], after
+            yield t, state
 
     def _train(self, state, start, stop, weights=None, keep=False, tick=lambda steps: None):
         "`{t: State}` of `stop`, with `keep` of all from `start` on: trained again from `state`, with the model set up once"
