@@ -7,10 +7,9 @@ __all__ = ['SOLVERS', 'DETECTORS', 'losses_at', 'final_loss', 'mean_loss', 'in_s
            'out_of_fold', 'peer', 'confident_learning', 'step_sizes', 'products', 'tracin', 'attribution_task',
            'training_loader', 'in_peer', 'self_influence', 'influence_function', 'curvature', 'dvemb', 'detectors']
 
-# %% ../nbs/10_baselines.ipynb #60638bb9
+# %% ../nbs/10_baselines.ipynb #270d29f5
 import importlib, io, time, warnings
 from contextlib import contextmanager, redirect_stderr
-from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -26,17 +25,19 @@ from .repeats import perturbed
 from .results import Influence
 from .sensitivity import call_with, in_modes, leaves, query_gradient, query_value, twice_differentiable, untouched
 
-# %% ../nbs/10_baselines.ipynb #939ce11c
-def losses_at(run, t=None):
+# %% ../nbs/10_baselines.ipynb #4ffe83b1
+def losses_at(run, t=None, progress=False):
     "Return the loss of every training sample `[n]` in evaluation mode at the state before step `t` (step or mark's name; None: at the end); the mean over the tokens, where there are several."
     model = run.model_at(t)
     with untouched(model, []), torch.no_grad():
-        losses = torch.cat([run.loss_fn(model, fetch(run.dataset, idx, run.device, run.collate_fn)) for idx in torch.arange(run.n_samples).split(1024)])
+        losses = torch.cat([run.loss_fn(model, fetch(run.dataset, idx, run.device, run.collate_fn)) for idx in progress_bar(torch.arange(run.n_samples).split(1024), "losses", progress, unit="chunk")])
     return losses.reshape(run.n_samples, -1).mean(1).cpu().numpy()
 
-def final_loss(run):
-    "Return the loss of every training sample `[n]` at the end, in evaluation mode."
-    return losses_at(run)
+def final_loss(run, progress=True):
+    """Return the loss of every training sample `[n]` at the end, in evaluation mode.
+
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
+    return losses_at(run, progress=progress)
 
 def mean_loss(run, t1=0, t2=None, progress=True):
     """Return the mean of the losses `[n]` that a sample had when it was trained on, over the steps of the window `[t1, t2]`; NaN for samples that the window did not use.
@@ -180,13 +181,17 @@ def in_peer(run):
             yield
     finally: torch.set_default_dtype(was)
 
-# %% ../nbs/10_baselines.ipynb #cd3c165a
-def self_influence(run, at=None):
-    "Return TracInCP's self-influence of every sample `[n]`, by dattri: `sum_k lr_k |grad l_j|^2` over the states at `at` (as in `influence`; default: every mark). Source: Pruthi et al. 2020, arXiv 2002.08484."
-    times = boundaries(run, at)
-    rates = torch.tensor([next(iter(step_sizes(run, max(int(t) - 1, 0)).values())) for t in times], dtype=run.dtype)
+# %% ../nbs/10_baselines.ipynb #90a3b555
+def self_influence(run, at=None, progress=True):
+    """Return TracInCP's self-influence of every sample `[n]`, by dattri: `sum_k lr_k |grad l_j|^2` over the states at `at` (as in `influence`; default: every mark). Source: Pruthi et al. 2020, arXiv 2002.08484.
+
+    `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
+    return sum(_self_influence_at(run, t) for t in progress_bar(boundaries(run, at).tolist(), "self-influence", progress, unit="boundary"))
+
+def _self_influence_at(run, t):
+    rate = next(iter(step_sizes(run, max(t - 1, 0)).values()))
     with in_peer(run):
-        attributor = peer("dattri.algorithm").TracInAttributor(attribution_task(run, times), rates, normalized_grad=False, device=run.device)
+        attributor = peer("dattri.algorithm").TracInAttributor(attribution_task(run, [t]), torch.tensor([rate], dtype=run.dtype), normalized_grad=False, device=run.device)
         attributor.projector_kwargs = None              # else it projects on random directions, also where it is told None
         with twice_differentiable(attributor.task.model): return attributor.self_attribute(training_loader(run, 64, single=True)).numpy()
 
@@ -275,7 +280,7 @@ def _back(run, t, live, values):
         in_step(run, t, part, through)
     live.update(new)
 
-# %% ../nbs/10_baselines.ipynb #d1ef9f54
+# %% ../nbs/10_baselines.ipynb #fbb2d391
 DETECTORS = {"final loss": final_loss, "mean loss": mean_loss, "forgetting": forgetting, "confident learning": confident_learning,
              "TracIn self-influence": self_influence, "influence functions": influence_function}
 
@@ -287,8 +292,7 @@ def detectors(run, which=None, progress=True):
     scores, seconds = {}, {}
     for name in progress_bar([*DETECTORS] if which is None else which, "detectors", progress, unit="detector"):
         start = time.perf_counter()
-        detector = DETECTORS[name]
-        try: scores[name] = detector(run, **({"progress": within(progress)} if "progress" in signature(detector).parameters else {}))
+        try: scores[name] = DETECTORS[name](run, progress=within(progress))
         except ImportError as e:
             if progress is True: print(f"without {name}: {e}")
             continue

@@ -24,8 +24,8 @@ from .sensitivity import call_with, euclidean, in_modes, leaves, query_gradient,
 from .trajectory import tolerance
 from .updates import carried
 
-# %% ../nbs/07_counterfactual.ipynb #4a7870a0
-CACHED = 2**28                                                  # bytes of runs that are trained together on a processor
+# %% ../nbs/07_counterfactual.ipynb #06cd0efc
+CACHED = 2**27                                                  # bytes of runs that are trained together on a processor
 
 class _Stack:
     "Many runs as one: stacked state, and a step's gradients at it"

@@ -21,7 +21,7 @@ from .queries import Query, as_query
 from .store import sealed, shown_path, tagged, unsealed, untagged, write_atomically
 from .trajectory import named_step
 
-# %% ../nbs/05_results.ipynb #5af82a48
+# %% ../nbs/05_results.ipynb #5e64cc47
 @dataclass(repr=False)
 class Windows:
     "Values at boundaries, and how windows are read from them; the arithmetic of `Influence`, whose fields these are."
@@ -56,13 +56,22 @@ class Windows:
             raise ValueError(f"step {t} is not a boundary of this result; its boundaries are 0, {shortened(self.times)}: ask for it with influence(..., at=[..., {t}])")
         return t
 
-    def window(self, t1=0, t2=None):
-        "Return the influence `[n]` (per token `[n, L]`) on the window from boundary `t1` to boundary `t2` (steps or marks' names)."
+    def window(self, t1=0, t2=None, at=None):
+        """Return the influence `[n]` (per token `[n, L]`) on the window from boundary `t1` to boundary `t2` (steps or marks' names).
+
+        `at`: a later boundary, for results with `removal="window"`: what the uses inside the window do to the query there. That is the difference of being absent from `t1` on and from `t2` on,
+        which is to first order being absent in between."""
         t1, t2 = self.step(t1), self.step(t2)
         if t1 >= t2: raise ValueError(f"the window [{t1}, {t2}] is empty or runs backwards: give t1 < t2")
+        if at is not None: return self._seen_at(t1, t2, self.step(at))
         k, i = np.searchsorted(self.times, t2), np.searchsorted(self.times, t1)
         if self.removal == "window": return self.values[k, i + 1 if t1 else 0]
         with np.errstate(invalid="ignore"): return self.values[k] - (self.values[i] if t1 else 0)       # inf - inf, where a run diverged, is NaN and no news
+
+    def _seen_at(self, t1, t2, at):
+        if self.removal != "window": raise ValueError("removal='always' does not tell the uses in one part of the training from those in another: ask for influence(..., removal='window')")
+        if at < t2: raise ValueError(f"step {at} lies before the end of the window [{t1}, {t2}], which can't have an effect there yet")
+        with np.errstate(invalid="ignore"): return self.window(t1, at) - (self.window(t2, at) if t2 < at else 0)
 
     def windows(self):
         "Return the consecutive windows `[(t1, t2), ...]` between boundaries, and the full one."

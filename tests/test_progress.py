@@ -13,7 +13,7 @@ from torch import nn
 
 from dit_nb import (Cancelled, Progress, Recorder, check_run, cleanse, corrupt_labels, diagnose, digits, ensemble, error_bound, error_proxy, find_corrupted, health, influence, label_influence, leave_one_out,
                     loss_query, refine, remove, repeatability, repetition, second_order, supervised, with_curvature)
-from dit_nb.baselines import detectors, dvemb, forgetting, influence_function, mean_loss, out_of_fold, tracin
+from dit_nb.baselines import detectors, dvemb, forgetting, influence_function, mean_loss, out_of_fold, self_influence, tracin
 from dit_nb.cleansing import harm
 from dit_nb.progress import progress_bar
 from dit_nb.repeats import metasmoothness, sharpness
@@ -71,6 +71,7 @@ LONG = {
     "out_of_fold": lambda run, infl, found, **kw: out_of_fold(run, 3, **kw),
     "tracin": lambda run, infl, found, **kw: tracin(run, QUERY, **kw),
     "influence_function": lambda run, infl, found, **kw: influence_function(run, QUERY, [run.steps // 2, run.steps], **kw),
+    "self_influence": lambda run, infl, found, **kw: self_influence(run, **kw),
     "dvemb": lambda run, infl, found, **kw: dvemb(run, QUERY, **kw),
     "sharpness": lambda run, infl, found, **kw: sharpness(run, 3, **kw),
     "metasmoothness": lambda run, infl, found, **kw: metasmoothness(run, **kw),

@@ -288,6 +288,20 @@ def test_a_new_folder_is_made(tmp_path): same(made(), load_influence(made().save
 SHAPES = [{}, {"removal": "window"}, {"length": 3}, {"length": 3, "removal": "window"}, {"tokens": True}, {"groups": True}, {"K": 0}, {"n": 0}, {"K": 1, "n": 1}]
 
 
+@pytest.mark.parametrize("kw", [{}, {"length": 2}], ids=str)
+def test_what_the_uses_in_a_window_do_later(kw):
+    infl = made(**{"K": 4, "n": 3, "removal": "window"} | kw)
+    infl.values = np.random.default_rng(0).normal(size=infl.values.shape)
+    edges, end = [0, *infl.times.tolist()], int(infl.times[-1])
+    parts = [infl.window(a, b, at=end) for a, b in zip(edges, edges[1:])]
+    np.testing.assert_allclose(sum(parts), infl.window(0, end))                               # all uses, seen at the end
+    assert all(infl.window(a, b, at=b).tolist() == infl.window(a, b).tolist() for a, b in infl.windows())
+    with pytest.raises(ValueError, match="before the end of the window"): infl.window(0, end, at=edges[1])
+    with pytest.raises(ValueError, match="not a boundary"): infl.window(0, edges[1], at=end + 1)
+    always = made(K=3, n=4)
+    with pytest.raises(ValueError, match="removal='window'"): always.window(0, at=int(always.times[-1]))
+
+
 @pytest.mark.parametrize("kw", SHAPES, ids=str)
 def test_the_table_holds_every_window(kw):
     infl = made(**{"K": 3, "n": 4} | kw)
