@@ -54,6 +54,11 @@ def test_colours_of_tables(site):
     assert re.search(r"#T_\w+ *\{\s*background-color", text) and "<style scoped" not in text
 
 
+def test_a_table_that_a_cell_makes_is_a_table(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert re.search(r"<td>(<p>)?dattri DVEmb(</p>)?</td>", text) and "| dattri" not in text
+
+
 def test_the_source_can_be_moved(tmp_path):
     "What `--keep-source` leaves is read where it lies: the workflow checks the links to the web with it."
     (tmp_path / "first").mkdir()
