@@ -181,19 +181,20 @@ def in_peer(run):
             yield
     finally: torch.set_default_dtype(was)
 
-# %% ../nbs/10_baselines.ipynb #90a3b555
+# %% ../nbs/10_baselines.ipynb #af2cfeb0
 def self_influence(run, at=None, progress=True):
     """Return TracInCP's self-influence of every sample `[n]`, by dattri: `sum_k lr_k |grad l_j|^2` over the states at `at` (as in `influence`; default: every mark). Source: Pruthi et al. 2020, arXiv 2002.08484.
 
     `progress`: a bar (True), silence (False), or a `Progress`, which can cancel."""
-    return sum(_self_influence_at(run, t) for t in progress_bar(boundaries(run, at).tolist(), "self-influence", progress, unit="boundary"))
+    loader = training_loader(run, 64, single=True)
+    return sum(_self_influence_at(run, t, loader) for t in progress_bar(boundaries(run, at).tolist(), "self-influence", progress, unit="boundary"))
 
-def _self_influence_at(run, t):
+def _self_influence_at(run, t, loader):
     rate = next(iter(step_sizes(run, max(t - 1, 0)).values()))
     with in_peer(run):
         attributor = peer("dattri.algorithm").TracInAttributor(attribution_task(run, [t]), torch.tensor([rate], dtype=run.dtype), normalized_grad=False, device=run.device)
         attributor.projector_kwargs = None              # else it projects on random directions, also where it is told None
-        with twice_differentiable(attributor.task.model): return attributor.self_attribute(training_loader(run, 64, single=True)).numpy()
+        with twice_differentiable(attributor.task.model): return attributor.self_attribute(loader).numpy()
 
 # %% ../nbs/10_baselines.ipynb #b8c23225
 SOLVERS = {"explicit": "IFAttributorExplicit", "cg": "IFAttributorCG", "datainf": "IFAttributorDataInf"}

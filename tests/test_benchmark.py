@@ -17,7 +17,7 @@ def tree(tmp_path):
     (tmp_path / "nbs/benchmarks").mkdir(parents=True)
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/benchmark.py", tmp_path / "tools")
-    for name, cells in {"fine": ["#| hide\nimport os, sys", "print('size', os.environ['DIT_NB_BENCHMARKS'])", "_ + '!' if False else 6 * 7", "open('fine.csv', 'w').write('figures')"],
+    for name, cells in {"fine": ["#| hide\nimport os, sys", "print('size', os.environ['DIT_NB_BENCHMARKS'])", "6 * 7", "open('fine.csv', 'w').write('figures')"],
                         "broken": ["x = 1", "1 / 0", "open('never', 'w')"]}.items():
         cells = [nbformat.v4.new_markdown_cell("# Words"), *map(nbformat.v4.new_code_cell, cells)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"nbs/benchmarks/{name}.ipynb")
